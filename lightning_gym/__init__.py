@@ -1,0 +1,60 @@
+"""Train a language-model policy on NeMo Gym environments without leaving the Lightning `Trainer`.
+
+A vLLM engine lives in the training process, answers Gym as a local OpenAI-compatible endpoint, gets the trainer's
+weights in process after optimizer steps, and the rollouts that Gym plays come back as token-exact training batches.
+
+- `EmbeddedGym`: a small Gym-compatible server for environments written here.
+- `Environment`: what such an environment implements.
+- `GymCallback`: decides whose turn it is, engine or trainer, from Lightning's hooks.
+- `GymDataModule`: task rows in, windows of packed micro-batches out.
+- `PolicyModule`: a `LightningModule` to start from, short enough to copy.
+- `VLLMEngine`: the colocated engine.
+
+The names are looked up when first used (PEP 562): importing `lightning_gym` imports neither torch nor vllm nor
+lightning, so each part costs only what it needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_gym.callback import GymCallback
+    from lightning_gym.datamodule import GymDataModule
+    from lightning_gym.gym.embedded import EmbeddedGym
+    from lightning_gym.gym.environments import Environment
+    from lightning_gym.module import PolicyModule
+    from lightning_gym.policy.vllm_engine import VLLMEngine
+
+__all__ = [
+    "EmbeddedGym",
+    "Environment",
+    "GymCallback",
+    "GymDataModule",
+    "PolicyModule",
+    "VLLMEngine",
+]
+
+_MODULE_OF = {
+    "EmbeddedGym": "lightning_gym.gym.embedded",
+    "Environment": "lightning_gym.gym.environments",
+    "GymCallback": "lightning_gym.callback",
+    "GymDataModule": "lightning_gym.datamodule",
+    "PolicyModule": "lightning_gym.module",
+    "VLLMEngine": "lightning_gym.policy.vllm_engine",
+}
+"""Public name -> the module that makes it. A new name goes here, into ``__all__`` and under ``TYPE_CHECKING``."""
+
+
+def __getattr__(name: str) -> object:
+    """Import the module behind a public name, once."""
+    if name not in _MODULE_OF:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names too, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,89 @@
+"""``lightning-gym``: train, serve, inspect. Each command imports what it needs when it runs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lightning_gym.errors import LightningGymError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 2 and one line on a mistake of the user's, with a traceback on one of ours."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if arguments[:1] == ["train"]:  # Hydra has a command line of its own
+        command = partial(_train, arguments[1:])
+    else:
+        parsed = parser.parse_args(arguments)
+        command = partial(parsed.command, parsed)
+    try:
+        command()
+    except LightningGymError as error:
+        sys.exit(f"lightning-gym: {error}")
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-gym", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser(
+        "train", help="train a recipe: lightning-gym train counter trainer.max_steps=20 (Hydra overrides)"
+    )
+    serve = commands.add_parser("serve", help="start the OpenAI-compatible endpoint alone")
+    serve.add_argument("model", type=Path, help="directory of a transformers model")
+    serve.add_argument("--port", type=int, default=0, help="0 picks a free one")
+    serve.add_argument("--api-key", default=None, help="bearer token; a random one by default")
+    serve.add_argument("--max-model-len", type=int, default=4096)
+    serve.add_argument("--dtype", default="float32")
+    serve.set_defaults(command=_serve)
+    inspect = commands.add_parser("inspect", help="print the rollouts of a rollouts.jsonl, token by token")
+    inspect.add_argument("rollouts", type=Path)
+    inspect.add_argument("--model", type=Path, default=None, help="whose tokenizer decodes; the run's own by default")
+    inspect.add_argument("--step", type=int, default=None, help="only this optimizer step")
+    inspect.add_argument("--limit", type=int, default=None, help="at most this many rollouts")
+    inspect.add_argument("--json", action="store_true", help="one JSON object a line")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _train(arguments: list[str]) -> None:
+    from lightning_gym import train
+
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        arguments = [f"recipe={arguments[0]}", *arguments[1:]]
+    sys.argv = [sys.argv[0], *arguments]
+    train.main()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from lightning_gym.serve import serve
+
+    serve(
+        arguments.model,
+        port=arguments.port,
+        api_key=arguments.api_key,
+        max_model_len=arguments.max_model_len,
+        dtype=arguments.dtype,
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from lightning_gym.policy.chat import ChatFormat
+    from lightning_gym.report import describe_rollout, rollout_text
+    from lightning_gym.rollout_log import read_rollout_log
+
+    model_path, rollouts = read_rollout_log(arguments.rollouts)
+    chat = ChatFormat(arguments.model or model_path)
+    shown = 0
+    for rollout in rollouts:
+        if arguments.step is not None and rollout["step"] != arguments.step:
+            continue
+        if arguments.limit is not None and shown >= arguments.limit:
+            break
+        described = describe_rollout(rollout, chat.decode)
+        print(json.dumps(described, ensure_ascii=False) if arguments.json else rollout_text(described) + "\n")
+        shown += 1

@@ -1,0 +1,245 @@
+"""Colocation: whose turn it is.
+
+Owns the engine, the endpoint and the Gym, and is the one place that knows the order: endpoint listening, engine built,
+Gym started; then, step by step, *sync* (engine paused) -> *collect* (engine running) -> train (engine paused); and at
+the end Gym, endpoint, engine, whatever happened before.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_gym.collect import Collection, Collector
+from lightning_gym.errors import ConfigError, EngineError
+from lightning_gym.gym import wire
+from lightning_gym.gym.client import GymClient
+from lightning_gym.gym.servers import Gym
+from lightning_gym.policy.chat import ChatFormat
+from lightning_gym.policy.endpoint import Endpoint
+from lightning_gym.policy.engine import Engine, EngineModel
+from lightning_gym.policy.ledger import Ledger, Profile
+from lightning_gym.ranks import Ranks
+from lightning_gym.rollout import SamplingProfile
+from lightning_gym.sync import SyncReport, WeightSync
+from lightning_gym.tasks import DealtTask, Task, check_agents
+from lightning_gym.weights import checkpoint_weights
+
+_log = logging.getLogger(__name__)
+_NUM_PROMPTS_CHECKED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectSettings:
+    """How rollouts are played."""
+
+    seed: int = 0
+    rollout_timeout_s: float = 600.0
+    retries: int = 2
+    max_failed_frac: float = 0.25
+    heartbeat_s: float = 10.0
+    max_concurrency: int = 512
+    endpoint_port: int = 0
+    """0 picks a free one."""
+
+
+class Colocation:
+    """A policy that trains and plays in one process.
+
+    Args:
+        engine: not started.
+        gym: not started.
+        profiles: sampling of train and eval rollouts.
+        settings: how rollouts are played.
+    """
+
+    def __init__(
+        self, engine: Engine, gym: Gym, profiles: dict[Profile, SamplingProfile], settings: CollectSettings
+    ) -> None:
+        self.profiles = profiles
+        self.ranks = Ranks()
+        self.reports: list[SyncReport] = []
+        """Syncs since the last `take_reports`."""
+        self.start_seconds: dict[str, float] = {}
+        """What `start` spent on the engine and on Gym."""
+        self._engine = engine
+        self._gym = gym
+        self._settings = settings
+        self._ledger = Ledger()
+        self._endpoint: Endpoint | None = None
+        self._sync: WeightSync | None = None
+        self._runner: asyncio.Runner | None = None
+        self._client: GymClient | None = None
+        self._collector: Collector | None = None
+        self._closers: list[tuple[str, Callable[[], None]]] = []
+
+    def start(
+        self, model: nn.Module, model_path: Path, tasks: Sequence[Task], *, run_dir: Path, run_id: str, ranks: Ranks
+    ) -> None:
+        """Bring everything up, and check whatever can be checked before a rollout is paid for.
+
+        Args:
+            model: the causal language model being trained; the engine starts from its weights in memory.
+            model_path: directory with its config, tokenizer and chat template.
+            tasks: that will be played; their agents and the first prompts are checked.
+            run_dir: where logs go.
+            run_id: prefix of rollout ids.
+            ranks: who else trains.
+
+        Raises:
+            ConfigError: the chat template, the port, a task's agent, or ``max_model_len`` against a task's prompt.
+            EngineStartError: the engine could not be built.
+            GymStartError: Gym did not come up.
+        """
+        self.ranks = ranks
+        endpoint = Endpoint(
+            self._engine, model_path, self._ledger, profiles=self.profiles, port=self._settings.endpoint_port
+        )
+        self._endpoint = endpoint
+        self._closers.append(("endpoint", endpoint.close))
+        check_prompts(tasks[:_NUM_PROMPTS_CHECKED], endpoint.chat, self._engine.max_model_len)
+        parameter = next(model.parameters())
+        device = parameter.device.type
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        start = time.perf_counter()
+        self._closers.append(("engine", self._engine.close))
+        self._engine.start(
+            EngineModel(path=model_path, dtype=dtype, device=device, weights=lambda: checkpoint_weights(model))
+        )
+        self._sync = WeightSync(self._engine, model)
+        built = time.perf_counter()
+        endpoint.start()
+        self._closers.append(("gym", self._gym.close))
+        head_url = self._gym.start(
+            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.model_name, run_dir=run_dir
+        )
+        self._connect(head_url, run_id)
+        self.start_seconds = {"engine": built - start, "gym": time.perf_counter() - built}
+        assert self._client is not None
+        check_agents(tasks, self._client.agents)
+
+    def _connect(self, head_url: str, run_id: str) -> None:
+        settings = self._settings
+        runner = asyncio.Runner()
+        self._runner = runner
+        self._closers.append(("client", self._disconnect))
+
+        async def connect() -> GymClient:
+            client = GymClient(
+                head_url, max_concurrency=settings.max_concurrency, rollout_timeout_s=settings.rollout_timeout_s
+            )
+            await client.connect()
+            return client
+
+        self._client = runner.run(connect())
+        self._collector = Collector(
+            self._client,
+            self._ledger,
+            run_id=run_id,
+            rank=self.ranks.rank,
+            seed=settings.seed,
+            retries=settings.retries,
+            max_failed_frac=settings.max_failed_frac,
+            heartbeat_s=settings.heartbeat_s,
+        )
+
+    def _disconnect(self) -> None:
+        assert self._runner is not None
+        if self._client is not None:
+            self._runner.run(self._client.close())
+        self._runner.close()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The running endpoint."""
+        if self._endpoint is None:
+            raise EngineError("the colocation has not been started")
+        return self._endpoint
+
+    def ensure_synced(self, version: int) -> None:
+        """Give the engine the trainer's weights unless it has them already.
+
+        Args:
+            version: the optimizer step that the trainer's weights are of.
+
+        Raises:
+            WeightSyncError: trainer and engine disagree afterwards.
+        """
+        if self._sync is None:
+            raise EngineError("the colocation has not been started")
+        if self._engine.weight_version != version:
+            self.reports.append(self._sync.sync(version))
+
+    def take_reports(self) -> list[SyncReport]:
+        """The syncs since this was last asked."""
+        taken, self.reports = self.reports, []
+        return taken
+
+    def collect(self, dealt: Sequence[DealtTask], *, group_size: int, profile: Profile) -> Collection:
+        """Play `group_size` attempts at every task with the weights the engine has.
+
+        The trainer's random state is the same afterwards: vLLM's sampler draws from torch's global generators.
+
+        Raises:
+            CollectionError: too many rollouts failed.
+        """
+        if self._runner is None or self._collector is None:
+            raise EngineError("the colocation has not been started")
+        with random_state_kept():
+            self._engine.resume()
+            try:
+                return self._runner.run(
+                    self._collector.collect(
+                        dealt, group_size=group_size, profile_name=profile, profile=self.profiles[profile]
+                    )
+                )
+            finally:
+                self._engine.pause()
+
+    def close(self) -> None:
+        """Stop everything that was started, last first; bounded, idempotent, never raises."""
+        while self._closers:
+            name, closer = self._closers.pop()
+            start = time.perf_counter()
+            try:
+                closer()
+            except Exception:  # noqa: BLE001  logged; what was started after it still has to be closed
+                _log.exception("closing the %s failed; the rest is closed all the same", name)
+            _log.debug("closed the %s in %.2f s", name, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Generator[None]:
+    """Restore torch's global generators on exit."""
+    cpu = torch.random.get_rng_state()
+    devices: Any = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(cpu)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def check_prompts(tasks: Sequence[Task], chat: ChatFormat, max_model_len: int) -> None:
+    """Refuse tasks whose prompt leaves no room for an answer.
+
+    Raises:
+        ConfigError: names the first such task, its length, and the limit.
+    """
+    for task in tasks:
+        params = task.row[wire.RESPONSES_CREATE_PARAMS]
+        messages = wire.input_messages(params["input"])
+        ids = chat.encode(chat.render(messages, wire.chat_tools(params.get("tools"))))
+        if len(ids) >= max_model_len:
+            raise ConfigError(
+                f"the prompt of task {task.index} has {len(ids)} tokens, and max_model_len is {max_model_len}: there "
+                "is no room for an answer; raise max_model_len or drop the task"
+            )

@@ -1,0 +1,75 @@
+"""Everything that can go wrong, by the boundary at which it went wrong.
+
+::
+
+    LightningGymError
+    ├── ConfigError (ValueError)        the user's settings or data; raised before a rollout is paid for
+    │   └── TaskError                   one dataset row: which file, which line, which key
+    ├── GymError (RuntimeError)         the Gym side of the HTTP border
+    │   ├── GymStartError               a Gym server did not come up, or is not reachable
+    │   └── CollectionError             too many rollouts of one collection failed; carries the innermost cause
+    ├── EngineError (RuntimeError)      the colocated engine
+    │   ├── EngineStartError            it could not be built
+    │   ├── EngineDeadError             it died while running; every waiting request gets this
+    │   ├── PromptTooLongError          a prompt leaves no room for a token; the endpoint's one overflow reply
+    │   └── WeightSyncError             weights could not be handed over, or the check afterwards disagreed
+    ├── AlignmentError (ValueError)     two things that must agree token for token do not
+    └── StalePolicyError (RuntimeError) a token to be trained on was sampled from other weights than allowed
+
+A failed *rollout* is not an exception but data: see `lightning_gym.rollout.Failure`.
+
+Messages say what was expected, what was found, where, and what to do about it. To add an error: pick the
+boundary it belongs to, subclass its branch, and add the line above.
+"""
+
+
+class LightningGymError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigError(LightningGymError, ValueError):
+    """A setting or a piece of user data is wrong, and the message says how to put it right."""
+
+
+class TaskError(ConfigError):
+    """A dataset row cannot be used."""
+
+
+class GymError(LightningGymError, RuntimeError):
+    """The Gym side of the HTTP border failed."""
+
+
+class GymStartError(GymError):
+    """A Gym server did not start, or does not answer."""
+
+
+class CollectionError(GymError):
+    """A collection lost more rollouts than its failure policy allows."""
+
+
+class EngineError(LightningGymError, RuntimeError):
+    """The colocated engine failed."""
+
+
+class EngineStartError(EngineError):
+    """The engine could not be built."""
+
+
+class EngineDeadError(EngineError):
+    """The engine stopped working; the cause is chained."""
+
+
+class PromptTooLongError(EngineError):
+    """The prompt leaves no room in the context window for a single new token."""
+
+
+class WeightSyncError(EngineError):
+    """The engine does not hold the trainer's weights after a sync."""
+
+
+class AlignmentError(LightningGymError, ValueError):
+    """Token ids, log-probabilities or masks that must agree do not."""
+
+
+class StalePolicyError(LightningGymError, RuntimeError):
+    """A trained token was sampled by weights older than the run allows."""

@@ -1,0 +1,128 @@
+"""Engine: what a colocated generation engine must do, and the values that cross that border.
+
+Nothing here imports an engine. `VLLMEngine` is the real one and `lightning_gym.testing.FakeEngine` the public fake;
+both pass the same contract tests.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # the endpoint and its tests run without torch
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one completion is sampled. Every field is explicit: no engine default ever decides."""
+
+    temperature: float
+    """Logits are divided by this; 0 is greedy."""
+    top_p: float
+    top_k: int
+    """-1 keeps the whole vocabulary."""
+    max_tokens: int
+    """At most this many sampled tokens, the turn-end id included."""
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    """Sampling one of these ends the turn; it stays in the generation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What the engine sampled."""
+
+    token_ids: list[int]
+    """Ends with a stop id exactly when `finish_reason` is ``"stop"``."""
+    logprobs: list[float]
+    """Of each sampled token, in nats, under the distribution it was sampled from."""
+    finish_reason: str
+    """``"stop"`` or ``"length"``."""
+    weight_version: int
+    """The optimizer step whose weights sampled this, whole: weights never change inside a generation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineModel:
+    """Which model the engine is to hold."""
+
+    path: Path
+    """A directory with ``config.json`` and the tokenizer; weights on disk are not read."""
+    dtype: str
+    """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+    weights: Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
+    """A fresh pass over (Hugging Face name, full tensor) of the policy being trained."""
+    device: str = "cpu"
+
+
+Deliver = Callable[[Generation | BaseException], None]
+"""Receives one result, on the engine's thread: it must return at once and never raise."""
+
+
+class Engine(Protocol):
+    """A generation engine in the trainer's own process.
+
+    Threads: `start`, `update_weights`, `prompt_logprobs`, `pause`, `resume` and `close` are called from the trainer's
+    main thread and block; `generate` and `abort` may be called from any thread and do not.
+
+    Life: ``start`` once, paused and with `weight_version` ``None``; then any number of ``update_weights`` while
+    paused; generations run only between ``resume`` and ``pause``; ``close`` once, from any state.
+    """
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the last `update_weights`; ``None`` before the first, when nothing may be generated."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context, prompt and generation together."""
+        ...
+
+    def start(self, model: EngineModel) -> None:
+        """Build the engine. Leaves the trainer's process as it was: RNGs, thread count, environment, process group.
+
+        Raises:
+            EngineStartError: it could not be built; the cause is chained.
+        """
+        ...
+
+    def generate(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, deliver: Deliver) -> None:
+        """Queue one prompt; its result, or its error, reaches `deliver`. Waits while the engine is paused."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Stop working on a request; nothing is delivered for it any more. Unknown ids are ignored."""
+        ...
+
+    def resume(self) -> None:
+        """Let queued and new requests run."""
+        ...
+
+    def pause(self) -> None:
+        """Stop stepping. Requests still running are aborted: a collection never spans two weight versions."""
+        ...
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """log p(token_ids[i] | token_ids[:i]) for i >= 1, in nats at temperature 1; works while paused."""
+        ...
+
+    def weight_views(self) -> Mapping[str, "torch.Tensor"]:
+        """Hugging Face name -> the tensor the engine computes with, or the slice of it that the name stands for.
+
+        Writing into a view inside `update_weights` is the weight update. Tied weights appear once.
+        """
+        ...
+
+    def update_weights(self, write: Callable[[], None], *, version: int) -> None:
+        """Run `write` with nothing in flight, drop every cache computed with old weights, then take `version`.
+
+        Raises:
+            WeightSyncError: requests are in flight, or a cache could not be dropped.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop the thread and free the engine. Idempotent, bounded, leaves the trainer's process group alone."""
+        ...

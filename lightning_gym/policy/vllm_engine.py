@@ -1,0 +1,350 @@
+"""VLLMEngine: vLLM's synchronous engine on one thread of the trainer's process.
+
+vLLM's `AsyncLLM` and its stock server always put the engine core into another process; in-process weights need
+`LLMEngine`, and `LLMEngine` needs exactly one thread that touches it. That thread is here. Everybody else hands it
+closures on a queue, which it runs between two steps.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lightning_gym.errors import EngineDeadError, EngineStartError, WeightSyncError
+from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+    import vllm
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_CPU_KV_CACHE_BYTES = 256 << 20
+_CPU_BATCHED_TOKENS = 8192
+_CLOSE_TIMEOUT_S = 20.0
+
+
+class VLLMEngine:
+    """vLLM in this process. See `Engine` for the contract.
+
+    Args:
+        max_model_len: tokens of context, prompt and generation together.
+        max_num_seqs: requests decoded together; more wait in vLLM's queue.
+        kv_cache_memory_bytes: size of the KV cache. ``None``: 256 MiB on CPU; on CUDA vLLM fills
+            `gpu_memory_utilization`.
+        gpu_memory_utilization: vLLM's share of the GPU's *total* memory, weights included. Ignored on CPU.
+        enforce_eager: no compilation and no CUDA graphs. ``None``: eager on CPU (2 s to start instead of 26 s).
+        seed: seeds what is not seeded by the request.
+        engine_args: further `vllm.EngineArgs` fields, for what has no argument here.
+
+    Example:
+        >>> engine = VLLMEngine(max_model_len=512)
+        >>> engine.max_model_len
+        512
+    """
+
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 4096,
+        max_num_seqs: int = 256,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.35,
+        enforce_eager: bool | None = None,
+        seed: int = 0,
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
+        self._kv_cache_memory_bytes = kv_cache_memory_bytes
+        self._gpu_memory_utilization = gpu_memory_utilization
+        self._enforce_eager = enforce_eager
+        self._seed = seed
+        self._engine_args = dict(engine_args or {})
+
+        self._engine: vllm.LLMEngine
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._pending: dict[str, Deliver] = {}
+        self._thread: threading.Thread | None = None
+        self._running = False
+        self._closing = False
+        self._death: BaseException | None = None
+        self._weight_version: int | None = None
+        self._owns_process_group = False
+
+    @property
+    def weight_version(self) -> int | None:
+        return self._weight_version
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    def start(self, model: EngineModel) -> None:
+        if self._thread is not None:
+            raise EngineStartError("this engine was started before; make a new one")
+        built: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(model, built), name="lightning-gym-engine", daemon=True)
+        self._thread.start()
+        try:
+            built.result()
+        except Exception as error:
+            self._thread.join()
+            raise EngineStartError(
+                f"vLLM could not be built for {model.path} ({model.dtype}, {model.device}): {error}"
+            ) from error
+
+    def generate(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, deliver: Deliver) -> None:
+        self._submit(lambda: self._add(request_id, prompt_ids, sampling, deliver), on_death=deliver)
+
+    def abort(self, request_id: str) -> None:
+        self._submit(lambda: self._abort([request_id]))
+
+    def resume(self) -> None:
+        if self._weight_version is None:
+            raise WeightSyncError("the engine was resumed before its first weight sync")
+        self._call(lambda: self._set_running(True))
+
+    def pause(self) -> None:
+        def stop() -> None:
+            self._set_running(False)
+            self._abort(list(self._pending))
+
+        self._call(stop)
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        return self._call(lambda: self._prompt_logprobs(list(token_ids)))
+
+    def weight_views(self) -> Mapping[str, "torch.Tensor"]:
+        from lightning_gym.policy import vllm_private
+
+        return self._call(lambda: vllm_private.weight_views(self._engine))
+
+    def update_weights(self, write: Callable[[], None], *, version: int) -> None:
+        def update() -> None:
+            if self._running or self._engine.has_unfinished_requests():
+                raise WeightSyncError(
+                    f"weights of version {version} arrived while requests were running; pause the engine first"
+                )
+            write()
+            if not self._engine.reset_prefix_cache():
+                raise WeightSyncError("vLLM kept its prefix cache, so old weights would answer for new ones")
+            self._weight_version = version
+
+        self._call(update)
+
+    def close(self) -> None:
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            return
+        self._closing = True
+        self._work.put(lambda: None)
+        thread.join(_CLOSE_TIMEOUT_S)
+        if thread.is_alive():
+            _log.error("the engine thread did not stop within %.0f s", _CLOSE_TIMEOUT_S)
+
+    # Everything below runs on the engine thread, `_submit` and `_call` excepted.
+
+    def _submit(self, work: Callable[[], None], on_death: Deliver | None = None) -> None:
+        if self._death is not None or self._closing:
+            if on_death is not None:
+                on_death(self._dead_error())
+            return
+        self._work.put(work)
+
+    def _call(self, fn: Callable[[], _T]) -> _T:
+        """Run `fn` on the engine thread and wait for it."""
+        if self._thread is None:
+            raise EngineDeadError("the engine has not been started")
+        result: Future[_T] = Future()
+
+        def work() -> None:
+            try:
+                self._refuse_if_dead()
+                result.set_result(fn())
+            except BaseException as error:  # noqa: BLE001  handed to the caller, who raises it
+                result.set_exception(error)
+
+        self._submit(work, on_death=lambda error: result.set_exception(self._as_error(error)))
+        while True:
+            try:
+                return result.result(timeout=1.0)
+            except TimeoutError:
+                if result.done():
+                    raise
+                if not self._thread.is_alive():
+                    raise self._dead_error() from self._death
+
+    def _run(self, model: EngineModel, built: Future[None]) -> None:
+        try:
+            self._build(model)
+        except BaseException as error:  # noqa: BLE001  `start` raises it
+            built.set_exception(error)
+            return
+        built.set_result(None)
+        try:
+            while not self._closing:
+                self._drain(block=not (self._running and self._pending))
+                if self._running and self._pending:
+                    self._step()
+        except BaseException as error:  # noqa: BLE001  a dead engine must answer everybody who waits
+            _log.exception("the engine thread died")
+            self._death = error
+        finally:
+            self._bury()
+
+    def _build(self, model: EngineModel) -> None:
+        from lightning_gym.policy import vllm_private
+
+        with vllm_private.trainer_world_intact():
+            vllm_private.set_environment(model.device)
+            import torch
+            import vllm
+
+            if model.device == "cpu":
+                vllm_private.keep_cpu_weights_live()
+            vllm_private.register_loader()
+            self._owns_process_group = not torch.distributed.is_initialized()
+            with vllm_private.loading_from(model.weights):
+                self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._arguments(model)))
+
+    def _arguments(self, model: EngineModel) -> dict[str, Any]:
+        import torch
+        import vllm
+
+        from lightning_gym.policy.vllm_private import LOADER
+
+        on_cpu = model.device == "cpu"
+        kv_cache = self._kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
+        arguments: dict[str, Any] = {
+            "model": str(model.path),
+            "tokenizer": str(model.path),
+            "load_format": LOADER,
+            "dtype": model.dtype,
+            "max_model_len": self._max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "kv_cache_memory_bytes": kv_cache,
+            "enforce_eager": on_cpu if self._enforce_eager is None else self._enforce_eager,
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "seed": self._seed,
+        }
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
+        if on_cpu:
+            # vLLM 0.32 takes the random draw of a half-prefilled, seeded request back by the generator's offset, which
+            # CPU generators do not have: prompts are prefilled whole.
+            batched = max(_CPU_BATCHED_TOKENS, self._max_model_len)
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batched}
+        else:
+            # One batch in flight between two steps would read weights while they are being written.
+            arguments |= {"gpu_memory_utilization": self._gpu_memory_utilization, "async_scheduling": False}
+        arguments |= self._engine_args
+        known = {field.name for field in fields(vllm.EngineArgs)}
+        if unknown := sorted(arguments.keys() - known):
+            raise EngineStartError(f"vllm {vllm.__version__} knows no engine argument {', '.join(unknown)}")
+        return arguments
+
+    def _drain(self, *, block: bool) -> None:
+        """Run what is queued; wait for the first piece if `block`."""
+        try:
+            self._work.get(block=block)()
+            while True:
+                self._work.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _set_running(self, running: bool) -> None:  # noqa: FBT001
+        self._running = running
+
+    def _add(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, deliver: Deliver) -> None:
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = VLLMSamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the stop ids say when a turn ends; the config's eos id may say something else
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            self._refuse_if_dead()
+            self._engine.add_request(request_id, TokensPrompt(prompt_token_ids=list(prompt_ids)), params)
+        except Exception as error:  # noqa: BLE001  vLLM refuses a bad request here; the requester hears why
+            deliver(error)
+            return
+        self._pending[request_id] = deliver
+
+    def _abort(self, request_ids: list[str]) -> None:
+        known = [request_id for request_id in request_ids if self._pending.pop(request_id, None) is not None]
+        if known:
+            self._engine.abort_request(known)
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished and (deliver := self._pending.pop(output.request_id, None)) is not None:
+                deliver(self._generation(output))
+
+    def _generation(self, output: Any) -> Generation:
+        completion = output.outputs[0]
+        assert self._weight_version is not None
+        return Generation(
+            token_ids=list(completion.token_ids),
+            logprobs=list(completion.logprobs.logprobs),
+            finish_reason=completion.finish_reason,
+            weight_version=self._weight_version,
+        )
+
+    def _prompt_logprobs(self, token_ids: list[int]) -> list[float]:
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm import TokensPrompt
+
+        if self._pending:
+            raise WeightSyncError("prompt_logprobs needs an idle engine; pause it first")
+        params = VLLMSamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._engine.add_request(f"canary-{time.monotonic_ns()}", TokensPrompt(prompt_token_ids=token_ids), params)
+        outputs: list[Any] = []
+        while self._engine.has_unfinished_requests():
+            outputs += self._engine.step()
+        positions = outputs[-1].prompt_logprobs
+        return [positions[i][token_ids[i]].logprob for i in range(1, len(token_ids))]
+
+    def _bury(self) -> None:
+        """Answer whoever waits, then free the engine: the interpreter's exit would free it under a running step."""
+        from lightning_gym.policy import vllm_private
+
+        self._running = False
+        pending, self._pending = self._pending, {}
+        for deliver in pending.values():
+            deliver(self._dead_error())
+        self._drain(block=False)
+        vllm_private.shut_down(self._engine, owns_process_group=self._owns_process_group)
+        del self._engine
+
+    def _refuse_if_dead(self) -> None:
+        if self._death is not None or self._closing:
+            raise self._dead_error()
+
+    def _dead_error(self) -> EngineDeadError:
+        why = "was closed" if self._death is None else f"died: {self._death!r}"
+        error = EngineDeadError(f"the engine {why}")
+        error.__cause__ = self._death
+        return error
+
+    @staticmethod
+    def _as_error(error: "Generation | BaseException") -> BaseException:
+        return error if isinstance(error, BaseException) else EngineDeadError("the engine is gone")

@@ -1,0 +1,120 @@
+"""The rollout log: every rollout of a run as one line of JSON, with what it taught and why.
+
+The first line says which model's tokenizer decodes the ids. Every other line is a rollout; ``segments`` hold what
+trained. ``lightning-gym inspect`` reads it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lightning_gym.errors import ConfigError
+from lightning_gym.rollout import Rollout
+from lightning_gym.trajectory import Trajectory
+
+FORMAT = "lightning_gym.rollouts/1"
+
+
+class RolloutLog:
+    """Appends rollouts to a file.
+
+    Args:
+        path: made with its directories; an existing file of the same run is continued.
+        model_path: whose tokenizer decodes the ids.
+    """
+
+    def __init__(self, path: Path, model_path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists() or path.stat().st_size == 0
+        self._file = path.open("ab")
+        if new:
+            self._write({"format": FORMAT, "model": str(model_path)})
+
+    def write(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        segments: Mapping[str, Sequence[Trajectory]],
+        advantages: Mapping[str, float],
+    ) -> None:
+        """Append the rollouts of one collection.
+
+        Args:
+            step: the optimizer step they were collected for.
+            rollouts: all of them, failed ones too.
+            segments: by rollout id, of those that train.
+            advantages: by rollout id, of those that train.
+        """
+        for rollout in rollouts:
+            self._write(
+                {
+                    "step": step,
+                    "rollout_id": rollout.rollout_id,
+                    "task_index": rollout.task_index,
+                    "group_id": rollout.group_id,
+                    "attempt": rollout.attempt,
+                    "agent": rollout.agent,
+                    "reward": rollout.reward,
+                    "advantage": advantages.get(rollout.rollout_id),
+                    "truncated": rollout.truncated,
+                    "seconds": round(rollout.seconds, 4),
+                    "failure": rollout.failure,
+                    "metrics": rollout.metrics,
+                    "prompt": rollout.prompt,
+                    "output": rollout.output,
+                    "segments": [_segment(segment) for segment in segments.get(rollout.rollout_id, ())],
+                }
+            )
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(msgspec.json.encode(line) + b"\n")
+
+
+def _segment(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "token_ids": trajectory.token_ids.tolist(),
+        "loss_mask": trajectory.loss_mask.astype(int).tolist(),
+        "logprobs": [round(value, 6) for value in trajectory.rollout_logprobs.tolist()],
+        "weight_version": int(trajectory.weight_versions.max()),
+    }
+
+
+def read_rollout_log(path: Path) -> tuple[Path, Iterator[dict[str, Any]]]:
+    """The model path of a log, and its rollouts one by one.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a rollout log.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; a run writes `rollouts.jsonl` into its output directory")
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+    header = _header(first)
+    if header.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} is not a rollout log: its first line should say format {FORMAT!r}, got {first[:80]!r}"
+        )
+    return Path(header["model"]), _lines(path)
+
+
+def _header(line: str) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        next(file)
+        for line in file:
+            yield json.loads(line)

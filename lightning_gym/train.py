@@ -1,0 +1,91 @@
+"""``lightning-gym train``: compose a configuration, build its parts, fit, and write down what happened."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as L
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig
+
+from lightning_gym.callback import GymCallback
+from lightning_gym.errors import ConfigError
+from lightning_gym.report import plot_reward, summarize, summary_line
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train as `cfg` says.
+
+    Returns:
+        The summary that is also written to ``summary.json``.
+
+    Raises:
+        ConfigError: a setting, a dataset row or a model directory is not usable.
+    """
+    _log_to_terminal()
+    output_dir = Path(cfg.output_dir)
+    reward_predicted = _reward_predicted(cfg.warm_start)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    callback: GymCallback = instantiate(cfg.callback, _convert_="all")
+    data: L.LightningDataModule = instantiate(cfg.data, _convert_="all")
+    policy: L.LightningModule = instantiate(cfg.policy, _convert_="all")
+    loggers = [instantiate(logger, _convert_="all") for logger in (cfg.logger or {}).values()]
+    trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[callback], logger=loggers, _convert_="all")
+    start = time.perf_counter()
+    trainer.fit(policy, datamodule=data)
+    summary = summarize(
+        callback.history,
+        seed=cfg.seed,
+        train_seconds=time.perf_counter() - start - sum(callback.colocation.start_seconds.values()),
+        start_seconds=callback.colocation.start_seconds,
+        reward_predicted=reward_predicted,
+    )
+    _write(output_dir, summary, callback, reward_predicted)
+    return summary
+
+
+@rank_zero_only
+def _write(output_dir: Path, summary: dict[str, Any], callback: GymCallback, reward_predicted: float | None) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_reward(callback.history, output_dir / "reward.png", reward_predicted=reward_predicted)
+    print(summary_line(summary), flush=True)  # noqa: T201  the command's answer
+
+
+def _reward_predicted(warm_start: str | None) -> float | None:
+    """What the record of a warm start predicts, if the run starts from one."""
+    if warm_start is None:
+        return None
+    record = Path(warm_start) / "warm_start.json"
+    if not record.is_file():
+        environment = Path(warm_start).name.partition("-seed")[0]
+        raise ConfigError(
+            f"there is no warm start at {warm_start}; make one first: "
+            f"python -m recipes.tiny_policy --environment {environment}"
+        )
+    return json.loads(record.read_text())["reward_predicted"]
+
+
+def _log_to_terminal() -> None:
+    """Heartbeats and warnings of this package go to stderr; other libraries keep their own ways."""
+    logger = logging.getLogger("lightning_gym")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+@hydra.main(config_path=None, config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra's entry point."""
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()
