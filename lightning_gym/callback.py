@@ -132,16 +132,9 @@ class GymCallback(L.Callback):
             model, model_path, self._stream.tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=_ranks(trainer)
         )
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        fetcher = trainer.fit_loop._data_fetcher  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  2.6.6: only it knows
-        if fetcher is None or fetcher.length is None:
-            raise ConfigError(
-                "the train loader has no length, so Lightning would fetch one step ahead and train on stale rollouts; "
-                "give trainer.fit the GymDataModule itself, without wrapping its loader"
-            )
-
     def next_window(self, trainer: L.Trainer, stream: RolloutStream) -> list[TrajectoryBatch]:
         """Called by the loader: the micro-batches of the next optimizer step."""
+        _check_not_prefetched(trainer)
         self.finished_position = stream.cursor.position
         batches = stream.window(
             self.colocation, version=trainer.global_step, num_micro_batches=trainer.accumulate_grad_batches
@@ -200,6 +193,16 @@ class GymCallback(L.Callback):
                 "transformers causal language model being trained. Name its attribute: GymCallback(policy=...)"
             )
         return found
+
+
+def _check_not_prefetched(trainer: L.Trainer) -> None:
+    # Lightning 2.6.6, loops/fetchers.py: a fetcher that found no length fetches one batch ahead.
+    fetcher = trainer.fit_loop._data_fetcher  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    if fetcher is not None and fetcher.length is None:
+        raise ConfigError(
+            "the train loader has no length, so Lightning would fetch one step ahead and train on stale rollouts; "
+            "give trainer.fit the GymDataModule itself, without wrapping its loader"
+        )
 
 
 def _ranks(trainer: L.Trainer) -> Ranks:

@@ -7,12 +7,16 @@ checkpoint.
 Importing this module imports no torch; the functions that need it import it.
 """
 
+import asyncio
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gym.errors import EngineDeadError, EngineError, EngineStartError, WeightSyncError
+from lightning_gym.gym.environments import load_environment
 from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
 
 if TYPE_CHECKING:
@@ -136,7 +140,7 @@ def tiny_model(
     num_kv_heads: int = 2,
     max_position_embeddings: int = 512,
 ) -> "Qwen3ForCausalLM":
-    """A randomly initialised Qwen3 of toy size, fp32, on the CPU; 0.8 M parameters by default.
+    """A randomly initialised Qwen3 of toy size, fp32, on the CPU; 0.9 M parameters by default.
 
     Qwen3, because vLLM serves the architecture natively and because it has what real models have: grouped key/value
     heads, q/k norms, a fused gate and up projection, tied embeddings.
@@ -144,7 +148,7 @@ def tiny_model(
     Args:
         seed: of the initial weights; the global generator is left as it was.
         intermediate_size: three times `hidden_size` if ``None``.
-        head_dim: 32 or a larger power of two, which is what paged attention kernels on a CPU accept.
+        head_dim: 32 is the smallest that vLLM's attention on a CPU takes.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -376,3 +380,74 @@ class FakeEngine:
             finish_reason="stop" if stopped else "length",
             weight_version=self._version,
         )
+
+
+class FakeGym:
+    """Gym's HTTP contract on a thread of this process: agents that play `environments`, and can be told to fail.
+
+    Fulfils `lightning_gym.gym.servers.Gym` and passes its contract tests.
+
+    Args:
+        environments: what `lightning_gym.gym.environments.load_environment` takes.
+        max_steps: model calls of one rollout.
+        fault: ``n -> HTTP status`` with which the n-th ``/run`` is answered instead of being played, or ``None``.
+    """
+
+    def __init__(
+        self,
+        environments: Sequence[str] = ("counter",),
+        *,
+        max_steps: int = 10,
+        fault: Callable[[int], int | None] | None = None,
+    ) -> None:
+        self.num_runs = 0
+        """``/run`` requests so far."""
+        self._environments = [load_environment(spec) for spec in environments]
+        self._max_steps = max_steps
+        self._fault = fault
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event
+        self._thread: threading.Thread | None = None
+
+    def start(self, *, policy_url: str, api_key: str, model: str, run_dir: Path) -> str:
+        from lightning_gym.gym.embedded_server import Settings, listening
+
+        settings = Settings(
+            environments=[],
+            policy_url=policy_url,
+            api_key=api_key,
+            model=model,
+            max_steps=self._max_steps,
+            ready_file="",
+        )
+        head_url: Future[str] = Future()
+
+        async def serve() -> None:
+            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            async with listening(settings, self._environments, [self._maybe_fail()]) as url:
+                head_url.set_result(url)
+                await self._stop.wait()
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="lightning-gym-fake-gym", daemon=True)
+        self._thread.start()
+        return head_url.result()
+
+    def close(self) -> None:
+        if self._thread is None or self._loop is None or not self._thread.is_alive():
+            return
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _maybe_fail(self) -> Any:
+        from aiohttp import web
+
+        @web.middleware
+        async def maybe_fail(request: web.Request, handler: Any) -> web.StreamResponse:
+            if request.path == "/run":
+                number, self.num_runs = self.num_runs, self.num_runs + 1
+                status = self._fault(number) if self._fault else None
+                if status is not None:
+                    return web.json_response(f"fault injected into run {number}", status=status)
+            return await handler(request)
+
+        return maybe_fail

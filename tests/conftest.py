@@ -10,3 +10,19 @@ os.environ.update(
     VLLM_DO_NOT_TRACK="1",
     VLLM_NO_USAGE_STATS="1",
 )
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def policy_dir(tmp_path_factory) -> Path:
+    """A policy's directory as an engine and an endpoint take it: the tiny tokenizer, and the config of a model."""
+    from lightning_gym.testing import tiny_model, tiny_tokenizer
+
+    directory = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
+    tiny_model(tokenizer, num_layers=1, hidden_size=32, num_kv_heads=1).config.save_pretrained(directory)
+    return directory

@@ -114,8 +114,8 @@ def _read(response: httpx.Response) -> wire.Played | Failure:
 def innermost(text: str, limit: int = 400) -> str:
     r"""The innermost text of an error that crossed several Gym servers.
 
-    Every hop answers with a JSON string that ends in ``calling an inner server: b'...'``, a Python bytes literal of what
-    the next server answered.
+    Every hop answers with a JSON string that ends in ``calling an inner server: b'...'``, a Python bytes literal of
+    what the next server answered.
 
     Example:
         >>> innermost("\"Hit an exception in Agent calling an inner server: b'no such count'\"")

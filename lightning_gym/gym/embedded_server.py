@@ -1,18 +1,20 @@
 """The server process of the embedded Gym: a head server and one agent per environment, each on a port of its own."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from pydantic import ValidationError
 
 from lightning_gym.errors import TaskError
@@ -61,19 +63,35 @@ async def _serve(settings: Settings, environments: Sequence[type[Environment]]) 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with listening(settings, environments) as head_url:
+        _announce(settings.ready_file, Ready(head_url=head_url, pid=os.getpid()))
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    settings: Settings, environments: Sequence[type[Environment]], middlewares: Sequence[Middleware] = ()
+) -> AsyncGenerator[str]:
+    """The head server and the agents, on the running loop; yields the head server's URL.
+
+    Args:
+        settings: without use of its ``ready_file``.
+        environments: one agent each.
+        middlewares: of the agents' applications.
+    """
     policy = PolicyClient(base_url=settings.policy_url, api_key=settings.api_key, model=settings.model)
     runners: list[web.AppRunner] = []
     urls: dict[str, str] = {}
-    for environment in environments:
-        agent = Agent(environment, policy, max_steps=settings.max_steps)
-        urls[agent.name] = await listen(agent_app(agent), runners)
-    head_url = await listen(_head_app(settings, environments, urls), runners)
-    _announce(settings.ready_file, Ready(head_url=head_url, pid=os.getpid()))
-    await stop.wait()
-    # The rollouts first: one that finds its policy client closed would answer with an error that is not its own.
-    for runner in runners:
-        await runner.cleanup()
-    await policy.aclose()
+    try:
+        for environment in environments:
+            agent = Agent(environment, policy, max_steps=settings.max_steps)
+            urls[agent.name] = await listen(agent_app(agent, middlewares), runners)
+        yield await listen(_head_app(settings, environments, urls), runners)
+    finally:
+        # The rollouts first: one that finds its policy client closed would answer with an error that is not its own.
+        for runner in runners:
+            await runner.cleanup()
+        await policy.aclose()
 
 
 async def listen(app: web.Application, runners: list[web.AppRunner]) -> str:
@@ -93,7 +111,7 @@ def _announce(path: str, ready: Ready) -> None:
     partial.rename(path)
 
 
-def agent_app(agent: Agent) -> web.Application:
+def agent_app(agent: Agent, middlewares: Sequence[Middleware] = ()) -> web.Application:
     """The HTTP interface of one agent."""
 
     async def run(row: Any) -> Json:
@@ -106,7 +124,7 @@ def agent_app(agent: Agent) -> web.Application:
     async def aggregate(body: Any) -> Json:
         return aggregate_metrics(body["verify_responses"])
 
-    app = _app()
+    app = _app(middlewares)
     app.router.add_post("/run", _json_route(run))
     app.router.add_post("/v1/responses", _json_route(responses))
     app.router.add_post("/aggregate_metrics", _json_route(aggregate))
@@ -131,11 +149,11 @@ def _head_app(
     return app
 
 
-def _app() -> web.Application:
+def _app(middlewares: Sequence[Middleware] = ()) -> web.Application:
     async def alive(_: web.Request) -> web.Response:
         return _json_response({"status": "ok"})
 
-    app = web.Application(client_max_size=_MAX_BODY_BYTES)
+    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=middlewares)
     app.router.add_get("/", alive)
     return app
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _POLL_S = 0.1
-_SWEEP_S = 2.0
+_SWEEP_S = 0.5
 _STOP = b"stop\n"
 
 
@@ -56,13 +56,15 @@ class Supervised:
         """The command's exit code, 128 + N after signal N, or ``None`` while it runs."""
         if self._process.returncode is None:
             # Look before reaping: the session's id cannot be given to a stranger as long as its leader is a zombie.
-            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None and ended.si_code != os.CLD_EXITED:
-                _kill_session(self.pid)
+            # Another thread may have reaped it in between.
+            with contextlib.suppress(ChildProcessError):
+                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is not None and ended.si_code != os.CLD_EXITED:
+                    _kill_session(self.pid)
         return self._process.poll()
 
     def close(self) -> None:
-        """Stop the command and wait for it, `grace_s` and 4 seconds at the most. Closing twice is fine."""
+        """Stop the command and wait for it, `grace_s` and 1.5 seconds at the most. Closing twice is fine."""
         assert self._process.stdin is not None
         if self.poll() is None:
             with contextlib.suppress(BrokenPipeError):
@@ -71,7 +73,7 @@ class Supervised:
                 self._process.stdin.flush()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        deadline = time.monotonic() + self.grace_s + _SWEEP_S + 1.0
+        deadline = time.monotonic() + self.grace_s + 2 * _SWEEP_S
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if self.poll() is None:

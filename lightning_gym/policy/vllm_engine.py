@@ -209,8 +209,12 @@ class VLLMEngine:
                 vllm_private.keep_cpu_weights_live()
             vllm_private.register_loader()
             self._owns_process_group = not torch.distributed.is_initialized()
-            with vllm_private.loading_from(model.weights):
-                self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._arguments(model)))
+            try:
+                with vllm_private.loading_from(model.weights):
+                    self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._arguments(model)))
+            except BaseException:
+                vllm_private.leave_no_groups(owns_process_group=self._owns_process_group)
+                raise
 
     def _arguments(self, model: EngineModel) -> dict[str, Any]:
         import torch

@@ -5,8 +5,10 @@ Checked against vLLM 0.25.1 and 0.32.0. Where a symbol can be missing it is look
 """
 
 import contextlib
+import logging
 import os
 import random
+import warnings
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +55,15 @@ def trainer_world_intact() -> Generator[None]:
     environment = dict(os.environ)
     precision = torch.get_float32_matmul_precision()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    triton_log = logging.getLogger("torch._library.triton")  # says at WARNING that a CPU has no Triton
+    triton_level = triton_log.level
+    triton_log.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations between vLLM and torch, which no user of either can act on
+            yield
     finally:
+        triton_log.setLevel(triton_level)
         random.setstate(rng[0])
         np.random.set_state(rng[1])  # noqa: NPY002
         torch.random.set_rng_state(rng[2])
@@ -190,6 +198,13 @@ def shut_down(engine: "LLMEngine", *, owns_process_group: bool) -> None:
         client.engine_core.shutdown()
     finally:
         core_module.cleanup_dist_env_and_memory = original
+
+
+def leave_no_groups(*, owns_process_group: bool) -> None:
+    """After a build that failed half-way: 0.32 ``init_distributed_environment`` may have made groups by then."""
+    _destroy_only_vllm_groups()
+    if owns_process_group and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _destroy_only_vllm_groups(*_args: object, **_kwargs: object) -> None:

@@ -63,13 +63,14 @@ class TinyPolicy:
     def ensure(self, out: str | os.PathLike[str]) -> Path:
         """Return ``out/<environment>-seed<seed>``, building it unless it is there and made from equal settings."""
         target = Path(out) / f"{self.environment}-seed{self.seed}"
-        if (read_record(target) or {}).get("key") == self._key():
+        key = self._key()  # now: a source file that is edited during the build must not become the key of its result
+        if (read_record(target) or {}).get("key") == key:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             # Built aside and moved in whole: an interrupted build leaves no directory that looks finished.
             built = Path(scratch) / target.name
-            self._build(built)
+            self._build(built, key)
             shutil.rmtree(target, ignore_errors=True)
             built.replace(target)
         return target
@@ -84,7 +85,7 @@ class TinyPolicy:
         sources += [inspect.getsource(part) for part in parts]
         return hashlib.sha256(json.dumps([asdict(self), testing.CHAT_TEMPLATE, *sources]).encode()).hexdigest()
 
-    def _build(self, target: Path) -> None:
+    def _build(self, target: Path, key: str) -> None:
         from lightning_gym.testing import tiny_model
         from recipes.tiny_policy.sft import DemonstrationData, ImitationModule, fit
 
@@ -114,7 +115,7 @@ class TinyPolicy:
         _write_rows(target / "train.jsonl", rows)
         _write_rows(target / "validation.jsonl", validation)
         record = {
-            "key": self._key(),
+            "key": key,
             "environment": self.environment,
             "seed": self.seed,
             "reward_predicted": _mean([teacher.expected_reward(row) for row in rows]),
