@@ -87,3 +87,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         described = describe_rollout(rollout, chat.decode)
         print(json.dumps(described, ensure_ascii=False) if arguments.json else rollout_text(described) + "\n")
         shown += 1
+
+
+if __name__ == "__main__":
+    main()

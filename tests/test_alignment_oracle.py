@@ -59,8 +59,8 @@ class Asked:
 
     tail: str | None
     """What a ChatML template writes after the sampled turn end, where the request extends the previous call."""
-    rendered: list[int] | None
-    """The whole request in ids, where its beginning was edited."""
+    whole: list[dict] | None
+    """The request's messages, where it is the first or its beginning was edited."""
     bundle: wire.Bundle
     finish_reason: str
 
@@ -124,8 +124,8 @@ def scripted(tokenizer):
 class Agent:
     """Plays one rollout. Keeps what Gym keeps: messages with the ids of the call that made them."""
 
-    def __init__(self, http, tokenizer, play, seed):
-        self.http, self.tokenizer, self.play, self.rng = http, tokenizer, play, random.Random(seed)
+    def __init__(self, http, play, seed):
+        self.http, self.play, self.rng = http, play, random.Random(seed)
 
     def text(self):
         return "".join(self.rng.choices(TEXTS, k=self.rng.choice([1, 1, 2])))
@@ -140,7 +140,8 @@ class Agent:
             edited = self.rng.random() < 0.2
             if edited:
                 first = messages[0]
-                messages[0] = first | {"content": first["content"] + self.rng.choice(["!", "  ", "7"])}
+                changed = first | {"content": first["content"] + self.rng.choice(["!", "  ", "7"])}
+                messages = [changed, *messages[1:]]
             if message.get("content") or message.get("tool_calls"):
                 messages = [*messages, message, *new]
             else:  # 0.4.0 leaves an empty turn out of the history
@@ -167,20 +168,8 @@ class Agent:
             token_ids=message[wire.GENERATION_TOKEN_IDS],
             logprobs=message[wire.GENERATION_LOG_PROBS],
         )
-        rendered = self.rendered(messages) if edited else None
-        self.play.asked.append(Asked(tail, rendered, bundle, choice["finish_reason"]))
+        self.play.asked.append(Asked(tail, messages if edited else None, bundle, choice["finish_reason"]))
         return message
-
-    def rendered(self, messages):
-        plain = []
-        for message in messages:
-            calls = [
-                {"function": {"name": c["function"]["name"], "arguments": json.loads(c["function"]["arguments"])}}
-                for c in message.get("tool_calls") or ()
-            ]
-            plain.append({"role": message["role"], "content": message["content"], "tool_calls": calls})
-        text = self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
@@ -207,21 +196,21 @@ def match(request, policy_dir):
         for group in range(GROUPS)
         for number in range(GROUP_SIZE)
     ]
+    headers = {"authorization": f"Bearer {endpoint.api_key}"}
     try:
-        with httpx.Client(base_url=endpoint.url, headers={"authorization": f"Bearer {endpoint.api_key}"}) as http:
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(lambda play: run_one(http, policy_dir, ledger, play, request.param), plays))
+        with httpx.Client(base_url=endpoint.url, headers=headers, timeout=60) as http, ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda play: play_one(http, ledger, play, request.param), plays))
     finally:
         engine.close()
         endpoint.close()
     return Match(tokenizer, plays, sampled)
 
 
-def run_one(http, policy_dir, ledger, play, seed):
+def play_one(http, ledger, play, seed):
     entry = ledger.open(
         play.rollout_id, profile="train", seed=random.Random(f"{seed} {play.rollout_id}").getrandbits(40)
     )
-    Agent(http, AutoTokenizer.from_pretrained(policy_dir), play, f"{seed}-{play.rollout_id}").run()
+    Agent(http, play, f"{seed}-{play.rollout_id}").run()
     assert ledger.close(play.rollout_id) is entry
     calls = reconcile(entry, [asked.bundle for asked in play.asked])
     assert isinstance(calls, list), calls
@@ -278,7 +267,7 @@ def check_window(match, batches):
             assert sequence["advantages"][position] == np.float32(advantages[calls[history].rollout_id])
             assert sequence["weight_versions"][position] == 7
             found[(int(position), ids[position])] += 1
-            total_weight += sequence["loss_weight"][position]
+            total_weight += float(sequence["loss_weight"][position])
     assert found == Counter(match.sampled), "every sampled token trains once, and no other"
     assert total_weight == pytest.approx(len(batches), rel=1e-5)
 
@@ -362,10 +351,22 @@ def test_a_later_prompt_is_the_earlier_prompt_its_emitted_ids_and_the_templates_
 
 
 def test_a_first_or_edited_conversation_is_the_templates_own_rendering(match):
-    edited = [asked for play in match.plays for asked in play.asked if asked.rendered is not None]
-    assert len(edited) > len(match.plays)
-    for asked in edited:
-        assert asked.bundle.prompt_ids == asked.rendered
+    whole = [asked for play in match.plays for asked in play.asked if asked.whole is not None]
+    assert len(whole) > len(match.plays)
+    for asked in whole:
+        text = match.tokenizer.apply_chat_template(
+            [with_parsed_arguments(message) for message in asked.whole], tokenize=False, add_generation_prompt=True
+        )
+        assert asked.bundle.prompt_ids == match.tokenizer.encode(text, add_special_tokens=False)
+
+
+def with_parsed_arguments(message):
+    """Templates write arguments as objects."""
+    calls = [
+        {"function": {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return {"role": message["role"], "content": message["content"], "tool_calls": calls}
 
 
 def test_a_segment_begins_exactly_where_the_history_did_not_go_on(match):
