@@ -124,7 +124,7 @@ docs: $(READY_DOCS)
 	@echo "docs/_build/html/index.html"
 
 bench: $(READY)
-	$(VENV)/bin/lightning-gym bench
+	$(VENV)/bin/lightning-gym bench all
 
 # Removes what these targets made, environments included; files you made by hand under outputs/ go too.
 clean:

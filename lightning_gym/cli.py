@@ -1,13 +1,14 @@
-"""``lightning-gym``: train, serve, inspect. Each command imports what it needs when it runs."""
+"""``lightning-gym``: train, serve, inspect, bench. Each command imports what it needs when it runs."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
-from lightning_gym.errors import LightningGymError
+from lightning_gym.errors import ConfigError, LightningGymError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--limit", type=int, default=None, help="at most this many rollouts")
     inspect.add_argument("--json", action="store_true", help="one JSON object a line")
     inspect.set_defaults(command=_inspect)
+    bench = commands.add_parser("bench", help="measure this machine; from a checkout")
+    bench.add_argument("name", help="a module of benchmarks/, or `all`")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -87,6 +92,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
         described = describe_rollout(rollout, chat.decode)
         print(json.dumps(described, ensure_ascii=False) if arguments.json else rollout_text(described) + "\n")
         shown += 1
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("[!_]*.py") if path.stem != "table")
+    if not names:
+        raise ConfigError(f"the benchmarks are not installed with the package; run from a checkout (no {folder})")
+    if arguments.name not in (*names, "all"):
+        raise ConfigError(f"there is no benchmark {arguments.name!r}; choose one of {', '.join(names)}, or all")
+    sys.path.insert(0, str(folder.parent))
+    from benchmarks.table import show
+
+    for name in names if arguments.name == "all" else [arguments.name]:
+        show(import_module(f"benchmarks.{name}").measure(), as_json=arguments.json)
 
 
 if __name__ == "__main__":

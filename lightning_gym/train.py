@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,11 @@ def _log_to_terminal() -> None:
 
 @hydra.main(config_path=None, config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    """Hydra's entry point."""
-    run(cfg)
+    """Hydra's entry point; a mistake of the user's ends in one line instead of a traceback."""
+    try:
+        run(cfg)
+    except ConfigError as error:
+        sys.exit(f"lightning-gym: {error}")
 
 
 if __name__ == "__main__":

@@ -26,3 +26,14 @@ def policy_dir(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(directory)
     tiny_model(tokenizer, num_layers=1, hidden_size=32, num_kv_heads=1).config.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch on one thread: tiny tensors gain nothing from more, and lose a lot on a machine that is busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -173,7 +173,7 @@ class Agent:
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
-def match(request, policy_dir):
+def match(request, policy_dir, one_thread):
     """Groups of random rollouts, played four at a time."""
     tokenizer = AutoTokenizer.from_pretrained(policy_dir)
     sampled = []

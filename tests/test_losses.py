@@ -13,6 +13,7 @@ from lightning_gym.losses import LOSSES, clipped, grpo, loss_named, mismatch_met
 from lightning_gym.testing import tiny_batch, tiny_model, tiny_tokenizer
 from lightning_gym.trajectory import Trajectory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LN2 = math.log(2)
 
 

@@ -41,11 +41,12 @@ class ChatFormat:
                 f"{path} has no chat template, so messages cannot become a prompt; add `chat_template.jinja` to the "
                 "directory or set `chat_template` in its tokenizer_config.json"
             )
+        added = self._tokenizer.added_tokens_decoder.items()  # some turn ends are listed here and nowhere else
+        self._special = frozenset(token_id for token_id, token in added if token.special)
         self.turn_end_text, self.turn_end_id = self._probe_turn_end(path)
         eos = self._tokenizer.eos_token_id
         self.stop_ids: tuple[int, ...] = tuple({self.turn_end_id, *([eos] if eos is not None else [])})
         """Sampling one of these ends a turn."""
-        self._special = frozenset(self._tokenizer.all_special_ids)
 
     def render(
         self,
@@ -110,7 +111,7 @@ class ChatFormat:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
         _, mark, after = self.render(turn, add_generation_prompt=False).partition(_MARK)
         ids = self.encode(after)
-        if not mark or not ids or ids[0] not in self._tokenizer.all_special_ids:
+        if not mark or not ids or ids[0] not in self._special:
             raise ConfigError(
                 f"the chat template of {path} writes {after!r} after the assistant's words; expected a special token "
                 "that ends the turn (such as <|im_end|>). Without one a sampled turn has no end to learn"

@@ -15,6 +15,7 @@ Had the first call run into its token limit after ``[20, 21]``, the template's o
 token, which never trains.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +59,23 @@ def canonical_message(message: Mapping[str, Any]) -> Canonical:
         content = "".join(part["text"] if part.get("type") == "text" else repr(part) for part in content)
     content = content or ""
     reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
-    calls = tuple((call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ())
+    calls = tuple(
+        (call["function"]["name"], _canonical_arguments(call["function"]["arguments"]))
+        for call in message.get("tool_calls") or ()
+    )
     if role == "assistant":  # Gym joins and re-splits assistant text, which may trim its ends
         content, reasoning = content.strip(), reasoning.strip()
     return (role, content, reasoning, calls, message.get("tool_call_id"))
+
+
+def _canonical_arguments(arguments: Any) -> str:
+    """A call's arguments however a client spaces, orders or escapes their JSON: the ids say how they were sampled."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return arguments
+    return json.dumps(arguments, sort_keys=True)
 
 
 def conversation(request: Mapping[str, Any]) -> Conversation:

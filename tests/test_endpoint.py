@@ -1,0 +1,477 @@
+"""The endpoint over real HTTP, with the fake engine behind it: what is answered, held, refused, and in which words."""
+
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from lightning_gym.errors import ConfigError, EngineError
+from lightning_gym.gym import wire
+from lightning_gym.policy.chat import ChatFormat
+from lightning_gym.policy.endpoint import Endpoint, call_seed
+from lightning_gym.policy.engine import EngineModel
+from lightning_gym.policy.ledger import Ledger
+from lightning_gym.rollout import SamplingProfile
+from lightning_gym.testing import FakeEngine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HELLO = [{"role": "user", "content": "Hello"}]
+WINDOW = 64
+OVERFLOW_WORDS = ("context length", "max_tokens")
+PROFILES = {
+    "train": SamplingProfile(temperature=0.5, top_p=1.0, max_output_tokens=8),
+    "eval": SamplingProfile(temperature=0.0, max_output_tokens=4),
+}
+
+
+@dataclass
+class Served:
+    engine: Any
+    endpoint: Endpoint
+    ledger: Ledger
+    http: httpx.Client
+
+    def chat(self, messages=HELLO, **body):
+        return self.http.post("/chat/completions", json={"model": "policy", "messages": messages} | body)
+
+    def open(self, rollout_id="r", *, profile="train", seed=5):
+        return self.ledger.open(rollout_id, profile=profile, seed=seed)
+
+
+@pytest.fixture
+def serve(policy_dir):
+    """Makes an endpoint with an engine behind it; closes both."""
+    running = []
+
+    def make(*, engine=None, paused=False):
+        engine = engine or FakeEngine(max_model_len=WINDOW, script=script, logprob=lambda p, t: -(p * 512 + t) / 1024)
+        engine.start(EngineModel(path=policy_dir, dtype="float32", weights=lambda: ()))
+        engine.update_weights(lambda: None, version=3)
+        if not paused:
+            engine.resume()
+        ledger = Ledger()
+        endpoint = Endpoint(engine, policy_dir, ledger, profiles=PROFILES)
+        endpoint.start()
+        headers = {"authorization": f"Bearer {endpoint.api_key}"}
+        http = httpx.Client(base_url=endpoint.url, headers=headers, timeout=30)
+        running.append((http, engine, endpoint))
+        return Served(engine, endpoint, ledger, http)
+
+    yield make
+    for http, engine, endpoint in running:
+        engine.close()
+        endpoint.close()
+        http.close()
+
+
+@pytest.fixture
+def served(serve):
+    return serve()
+
+
+def script(prompt_ids, seed):
+    return [40, 41, 2] if seed % 2 else [40, 41, 42, 43, 44, 45, 46, 47]
+
+
+# -- what is answered
+
+
+def test_a_completion_carries_the_ids_the_engine_was_fed_and_the_ids_it_sampled(served, policy_dir):
+    chat = ChatFormat(policy_dir)
+    served.open(seed=odd_seed())
+    body = served.chat(**{wire.ROLLOUT_ID: "r"}).json()
+    (choice,) = body["choices"]
+    prompt = chat.encode(chat.render(HELLO))
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": chat.decode([40, 41]),
+        wire.PROMPT_TOKEN_IDS: prompt,
+        wire.GENERATION_TOKEN_IDS: [40, 41, 2],
+        wire.GENERATION_LOG_PROBS: [-((len(prompt) + i) * 512 + t) / 1024 for i, t in enumerate([40, 41, 2])],
+    }
+    assert choice["finish_reason"] == "stop"
+    assert body["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 3, "total_tokens": len(prompt) + 3}
+    assert (body["object"], body["model"], body["weight_version"]) == ("chat.completion", "policy", 3)
+
+
+def odd_seed():
+    """A rollout's seed whose first call's seed is odd, for which `script` ends its turn."""
+    return next(seed for seed in range(9) if call_seed(seed, 0) % 2)
+
+
+def test_every_call_of_a_rollout_is_in_the_ledger_as_it_was_answered(served):
+    entry = served.open()
+    first = served.chat(**{wire.ROLLOUT_ID: "r"}).json()["choices"][0]
+    again = [*HELLO, first["message"], {"role": "user", "content": "more"}]
+    second = served.chat(again, **{wire.ROLLOUT_ID: "r"}).json()["choices"][0]
+    for index, (answered, page) in enumerate(zip((first, second), entry.served, strict=True)):
+        message = answered["message"]
+        assert (page.call.index, page.call.weight_version) == (index, 3)
+        assert page.call.prompt_ids == message[wire.PROMPT_TOKEN_IDS]
+        assert page.call.token_ids == message[wire.GENERATION_TOKEN_IDS]
+        assert page.call.logprobs == message[wire.GENERATION_LOG_PROBS]
+        assert page.call.finish_reason == answered["finish_reason"]
+    emitted = [*entry.served[0].call.prompt_ids, *entry.served[0].call.token_ids]
+    assert entry.served[1].call.prompt_ids[: len(emitted)] == emitted
+    assert entry.breaks == []
+
+
+def test_a_broken_history_is_answered_counted_and_written_down(served):
+    entry = served.open()
+    served.chat(**{wire.ROLLOUT_ID: "r"})
+    served.chat([{"role": "user", "content": "Something else"}], **{wire.ROLLOUT_ID: "r"})
+    assert [(b.kind, b.call_index) for b in entry.breaks] == [("edited_history", 1)]
+    assert served.endpoint.stats.splice_breaks == {"edited_history": 1}
+
+
+def test_counts_tell_what_was_encoded_and_what_was_known(served):
+    served.open()
+    first = served.chat(**{wire.ROLLOUT_ID: "r"}).json()["choices"][0]["message"]
+    messages = [*HELLO, first, {"role": "user", "content": "more"}]
+    second = served.chat(messages, **{wire.ROLLOUT_ID: "r"}).json()["choices"][0]["message"]
+    lengths = [len(m[wire.PROMPT_TOKEN_IDS]) for m in (first, second)]
+    known = lengths[0] + len(first[wire.GENERATION_TOKEN_IDS])
+    stats = served.endpoint.stats
+    assert stats.requests == 2
+    assert stats.prompt_tokens == sum(lengths)
+    assert stats.encoded_tokens == sum(lengths) - known
+    assert stats.generated_tokens == sum(len(m[wire.GENERATION_TOKEN_IDS]) for m in (first, second))
+
+
+def test_a_tool_call_is_said_in_openais_words(serve, policy_dir):
+    words = ChatFormat(policy_dir).encode('<tool_call>{"name": "add", "arguments": {"n": 1}}</tool_call><|im_end|>')
+    served = serve(engine=FakeEngine(max_model_len=256, script=lambda p, s: words))
+    PROFILES_LIMIT = PROFILES["train"].max_output_tokens  # noqa: N806  a name for the sentence below
+    assert len(words) > PROFILES_LIMIT
+    served.endpoint._profiles = {"train": SamplingProfile(), "eval": SamplingProfile()}
+    choice = served.chat().json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    assert (call["type"], call["function"]) == ("function", {"name": "add", "arguments": '{"n": 1}'})
+    assert call["id"]
+    assert choice["message"]["content"] is None
+    other = served.chat().json()["choices"][0]["message"]["tool_calls"][0]
+    assert other["id"] != call["id"]
+
+
+def test_the_smallest_of_request_profile_and_room_limits_the_turn(served):
+    def sampled(**body):
+        choice = served.chat(seed=2, **body).json()["choices"][0]
+        return len(choice["message"][wire.GENERATION_TOKEN_IDS]), choice["finish_reason"]
+
+    assert sampled() == (8, "length")
+    assert sampled(max_tokens=5) == (5, "length")
+    assert sampled(max_completion_tokens=3) == (3, "length")
+    assert sampled(max_tokens=100) == (8, "length")
+    prompt = len(served.chat().json()["choices"][0]["message"][wire.PROMPT_TOKEN_IDS])
+    filler = {"role": "user", "content": "x" * (WINDOW - prompt - 3)}
+    room = WINDOW - len(served.http.post("../tokenize", json={"messages": [filler]}).json()["tokens"])
+    assert 1 <= room < 8
+    choice = served.chat([filler], seed=2).json()["choices"][0]
+    assert (len(choice["message"][wire.GENERATION_TOKEN_IDS]), choice["finish_reason"]) == (room, "length")
+
+
+class Watched(FakeEngine):
+    """Writes down how it was asked to sample."""
+
+    def __init__(self, **options):
+        super().__init__(max_model_len=WINDOW, script=script, **options)
+        self.asked = []
+
+    def generate(self, request_id, prompt_ids, sampling, deliver):
+        self.asked.append(sampling)
+        super().generate(request_id, prompt_ids, sampling, deliver)
+
+
+def test_the_profile_is_the_rollouts_and_the_seed_a_function_of_rollout_and_call(serve):
+    engine = Watched()
+    served = serve(engine=engine)
+    served.open("t", profile="train", seed=11)
+    served.open("e", profile="eval", seed=11)
+    for rollout_id in ("t", "e", "t"):
+        served.chat(**{wire.ROLLOUT_ID: rollout_id, "seed": 999})
+    train, evaluation, again = engine.asked
+    assert (train.temperature, train.max_tokens) == (0.5, 8)
+    assert (evaluation.temperature, evaluation.max_tokens) == (0.0, 4)
+    assert [s.seed for s in engine.asked] == [call_seed(11, 0), call_seed(11, 0), call_seed(11, 1)]
+    assert train.seed != again.seed
+    assert train.stop_token_ids == (2,)
+    assert (train.top_p, train.top_k) == (1.0, -1)
+
+
+def test_without_a_rollout_the_models_name_picks_the_profile_and_the_seed_is_the_clients(serve):
+    engine = Watched()
+    served = serve(engine=engine)
+    served.chat(model="policy", seed=7)
+    served.chat(model="policy-eval", seed=0)
+    assert [s.temperature for s in engine.asked] == [0.5, 0.0]
+    assert engine.asked[0].seed == 7
+    assert len(served.ledger) == 0
+
+
+def test_models_and_health_say_who_is_there(served):
+    models = served.http.get("/models").json()["data"]
+    assert [(m["id"], m["max_model_len"]) for m in models] == [("policy", WINDOW), ("policy-eval", WINDOW)]
+    health = httpx.get(served.endpoint.url.removesuffix("/v1") + "/health")
+    assert (health.status_code, health.json()) == (200, {"status": "ok", "weight_version": 3})
+
+
+def test_tokenize_gives_the_ids_that_a_completion_would_be_fed(served):
+    served.open()
+    first = served.chat(**{wire.ROLLOUT_ID: "r"}).json()["choices"][0]["message"]
+    messages = [*HELLO, first, {"role": "user", "content": "more"}]
+    tokens = served.http.post("../tokenize", json={"messages": messages, wire.ROLLOUT_ID: "r"}).json()
+    second = served.chat(messages, **{wire.ROLLOUT_ID: "r"}).json()["choices"][0]["message"]
+    assert tokens == {
+        "tokens": second[wire.PROMPT_TOKEN_IDS],
+        "count": len(second[wire.PROMPT_TOKEN_IDS]),
+        "max_model_len": WINDOW,
+    }
+
+
+def test_tokenize_takes_a_text_too(served, policy_dir):
+    tokens = served.http.post("../tokenize", json={"prompt": "größe<|im_end|>"}).json()["tokens"]
+    assert tokens == ChatFormat(policy_dir).encode("größe<|im_end|>")
+
+
+# -- what is refused
+
+
+def error_of(response):
+    error = response.json()["error"]
+    assert error["code"] == response.status_code
+    assert error["type"] == "invalid_request_error"
+    return error["message"]
+
+
+@pytest.mark.parametrize("token", [None, "", "Bearer ", "Bearer wrong", "wrong", "Bearer größe"])
+def test_a_request_without_the_token_is_a_401_and_reaches_nothing(served, token):
+    for method, path in (("POST", "/chat/completions"), ("GET", "/models"), ("POST", "../tokenize")):
+        request = served.http.build_request(method, path, json={"messages": HELLO})
+        del request.headers["authorization"]
+        if token is not None:
+            request.headers["authorization"] = token.encode()
+        response = served.http.send(request)
+        assert response.status_code == 401
+        assert "bearer token" in error_of(response)
+    assert served.endpoint.stats.requests == 0
+    assert served.endpoint.api_key not in response.text
+
+
+def test_each_endpoint_makes_a_token_of_its_own(serve):
+    assert serve().endpoint.api_key != serve().endpoint.api_key
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "../tokenize"])
+def test_an_unknown_expired_or_closed_rollout_is_gone(served, path):
+    served.open("expired")
+    served.ledger.expire("expired")
+    served.open("closed")
+    served.ledger.close("closed")
+    for rollout_id in ("unknown", "expired", "closed", "", 7, ["a"]):
+        response = served.http.post(path, json={"messages": HELLO, wire.ROLLOUT_ID: rollout_id})
+        assert response.status_code == 410
+        assert f"rollout {rollout_id} is over" in error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        ({"temperature": 1.0}, "0.5"),
+        ({"temperature": 0}, "0.5"),
+        ({"top_p": 0.9}, "1.0"),
+        ({"top_k": 40}, "-1"),
+        ({"max_tokens": 0}, "positive"),
+        ({"max_tokens": "8"}, "positive"),
+        ({"max_completion_tokens": -1}, "positive"),
+        ({"seed": "seven"}, "seed"),
+    ],
+)
+def test_sampling_that_contradicts_the_profile_is_a_422_that_names_it(served, asked, word):
+    response = served.chat(**asked)
+    assert response.status_code == 422
+    assert word in error_of(response)
+
+
+def test_sampling_that_agrees_with_the_profile_is_served(served):
+    agrees = {"temperature": 0.5, "top_p": 1, "top_k": -1, "max_tokens": None, "seed": None, "n": 1, "stream": False}
+    assert served.chat(**agrees).status_code == 200
+
+
+CALL = {"id": "1", "type": "function"}
+MALFORMED = {
+    "no messages": {},
+    "messages null": {"messages": None},
+    "messages empty": {"messages": []},
+    "messages text": {"messages": "Hello"},
+    "a message of text": {"messages": ["Hello"]},
+    "a message without role": {"messages": [{"content": "Hello"}]},
+    "stream": {"messages": HELLO, "stream": True},
+    "two answers": {"messages": HELLO, "n": 2},
+    "content a number": {"messages": [{"role": "assistant", "content": 7}]},
+    "a part without text": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+    "a part that is none": {"messages": [{"role": "user", "content": [7]}]},
+    "a call without function": {"messages": [{"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+    "calls a number": {"messages": [{"role": "assistant", "content": "", "tool_calls": 7}]},
+    "a call without name": {"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {}}]}]},
+    "tools text": {"messages": HELLO, "tools": 7},
+    "template arguments text": {"messages": HELLO, "chat_template_kwargs": "x"},
+}
+
+
+@pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_request_is_a_4xx_that_says_what_was_expected(served, body):
+    response = served.http.post("/chat/completions", json=body)
+    assert response.status_code == 400
+    assert error_of(response)
+    assert served.chat().status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"null", b"\xff\xfe", b"{'a': 1}"])
+def test_a_body_that_is_no_json_object_is_a_400(served, content):
+    response = served.http.post("/chat/completions", content=content)
+    assert response.status_code == 400
+    assert "JSON" in error_of(response)
+
+
+def test_a_body_over_the_limit_is_a_413_before_it_is_read(served):
+    port = int(served.endpoint.url.rpartition(":")[2].removesuffix("/v1"))
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {served.endpoint.api_key}\r\n"
+        raw.sendall(f"{head}content-length: {1 << 40}\r\n\r\n".encode())
+        assert b" 413 " in raw.recv(1000).partition(b"\r\n")[0]
+
+
+def test_other_routes_and_methods_do_not_exist(served):
+    assert served.http.post("/completions", json={}).status_code == 404
+    assert served.http.get("/chat/completions").status_code == 405
+    assert served.http.get("../docs").status_code == 404
+
+
+# -- an overflow, and nothing else, says what Gym takes for one
+
+
+def test_a_prompt_without_room_for_a_token_is_the_one_reply_that_says_context_length(served):
+    response = served.chat([{"role": "user", "content": "x" * WINDOW}])
+    assert response.status_code == 400
+    assert f"maximum context length is {WINDOW} tokens, and the prompt has" in error_of(response)
+
+
+def test_a_refused_overflow_leaves_no_call_in_the_ledger(served):
+    entry = served.open()
+    served.chat([{"role": "user", "content": "x" * WINDOW}], **{wire.ROLLOUT_ID: "r"})
+    assert entry.served == []
+
+
+class Refusing(FakeEngine):
+    """Answers every prompt with the words of vLLM that Gym would take for an overflow."""
+
+    def generate(self, request_id, prompt_ids, sampling, deliver):
+        deliver(EngineError("max_tokens must be at least 1; the model's context length is 8"))
+
+
+def test_no_other_error_says_what_gym_takes_for_an_overflow(serve):
+    traps = [
+        {"n": "max_tokens"},
+        {"temperature": "context length"},
+        {"max_tokens": 0},
+        {"max_tokens": "context length"},
+        {"model": "max_tokens", "n": 2},
+        {wire.ROLLOUT_ID: "context length"},
+        {"messages": [{"content": "max_tokens"}]},
+        {"messages": [{"role": "user", "content": [{"type": "max_tokens"}, 7]}]},
+        {"chat_template_kwargs": {"messages": "context length"}},
+        *MALFORMED.values(),
+        {},  # the engine's own words
+    ]
+    served = serve(engine=Refusing(max_model_len=WINDOW))
+    for trap in traps:
+        response = served.http.post("/chat/completions", json={"messages": HELLO} | trap)
+        assert 400 <= response.status_code < 500, trap
+        assert not any(word in response.text for word in OVERFLOW_WORDS), (trap, response.text)
+
+
+# -- the engine's life
+
+
+def test_a_request_is_held_while_the_engine_is_paused_and_answered_when_it_goes_on(serve):
+    served = serve(paused=True)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(served.chat().status_code))
+    thread.start()
+    time.sleep(0.2)
+    assert answers == []
+    assert httpx.get(served.endpoint.url.removesuffix("/v1") + "/health").status_code == 200
+    served.engine.resume()
+    thread.join(10)
+    assert answers == [200]
+
+
+def test_when_the_engine_dies_the_waiting_and_the_next_request_are_refused_for_good(serve):
+    served = serve(paused=True)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(served.chat()))
+    thread.start()
+    time.sleep(0.2)
+    served.engine.close()
+    thread.join(10)
+    for response in (*answers, served.chat()):
+        assert response.status_code == 410
+        assert "this policy is gone" in error_of(response)
+
+
+def test_a_port_that_is_taken_is_a_config_error_that_names_it(policy_dir):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}.*choose another port"):
+            Endpoint(FakeEngine(), policy_dir, Ledger(), profiles=PROFILES, port=port)
+
+
+def test_closing_twice_or_before_the_start_is_no_error_and_frees_the_port(serve, policy_dir):
+    endpoint = Endpoint(FakeEngine(), policy_dir, Ledger(), profiles=PROFILES)
+    port = int(endpoint.url.rpartition(":")[2].removesuffix("/v1"))
+    endpoint.close()
+    endpoint.close()
+    again = Endpoint(FakeEngine(), policy_dir, Ledger(), profiles=PROFILES, port=port)
+    again.start()
+    again.close()
+    again.close()
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=2)
+
+
+def test_an_answer_that_comes_after_the_end_is_dropped(serve):
+    served = serve(paused=True)
+    thread = threading.Thread(target=lambda: pytest.raises(httpx.TransportError, served.chat))
+    thread.start()
+    time.sleep(0.2)
+    served.endpoint.close()
+    served.engine.close()  # delivers its last words to nobody
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_rollouts_that_are_served_at_once_keep_their_own_pages(served):
+    names = [f"r{i}" for i in range(12)]
+    entries = {name: served.open(name, seed=i) for i, name in enumerate(names)}
+
+    def play(name):
+        messages = [{"role": "user", "content": name}]
+        served.chat(messages, **{wire.ROLLOUT_ID: name})
+
+    threads = [threading.Thread(target=play, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for name, entry in entries.items():
+        (page,) = entry.served
+        assert name in served.endpoint.chat.decode(page.call.prompt_ids)
+    assert json.dumps(served.endpoint.stats.requests) == "12"
