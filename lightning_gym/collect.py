@@ -31,8 +31,6 @@ class Collection:
     rollouts: list[Rollout]
     """Group by group, attempts in order."""
     seconds: float
-    splice_breaks: int
-    """Calls that opened a new segment although an earlier turn had ids."""
 
     @property
     def survivors(self) -> list[Rollout]:
@@ -105,12 +103,10 @@ class Collector:
             CollectionError: more than `max_failed_frac` of the rollouts failed.
         """
         progress = _Progress(total=len(dealt) * group_size)
-        breaks = [0]
         heartbeat = asyncio.create_task(self._heartbeat(progress))
 
         async def attempt(task: DealtTask, number: int) -> Rollout:
-            rollout, num_breaks = await self._attempt(task, number, profile_name, profile)
-            breaks[0] += num_breaks
+            rollout = await self._attempt(task, number, profile_name, profile)
             self._count(rollout, progress)
             return rollout
 
@@ -122,8 +118,7 @@ class Collector:
         finally:
             heartbeat.cancel()
         rollouts = [task.result() for task in running]
-        seconds = time.perf_counter() - progress.start
-        return Collection(rollouts=rollouts, seconds=seconds, splice_breaks=breaks[0])
+        return Collection(rollouts=rollouts, seconds=time.perf_counter() - progress.start)
 
     def _count(self, rollout: Rollout, progress: _Progress) -> None:
         if rollout.failure is None:
@@ -143,9 +138,7 @@ class Collector:
             await asyncio.sleep(self._heartbeat_s)
             _log.info(progress.line())
 
-    async def _attempt(
-        self, dealt: DealtTask, number: int, profile_name: Profile, profile: SamplingProfile
-    ) -> tuple[Rollout, int]:
+    async def _attempt(self, dealt: DealtTask, number: int, profile_name: Profile, profile: SamplingProfile) -> Rollout:
         seed = rollout_seed(self._seed, dealt.group_id, number)
         again = 0
         while True:
@@ -159,7 +152,7 @@ class Collector:
             rollout = _rollout(rollout_id, dealt, number, played, seconds, entry)
             failure = rollout.failure
             if failure is None or failure.kind not in _WORTH_ANOTHER_TRY or again == self._retries:
-                return rollout, len(entry.breaks)
+                return rollout
             again += 1
             _log.warning("rollout %s failed and is tried again: %s", rollout_id, failure.message)
 
@@ -174,6 +167,7 @@ def _rollout(
         attempt=number,
         agent=dealt.task.agent,
         seconds=seconds,
+        breaks=tuple(entry.breaks),
     )
     if isinstance(played, Failure):
         return replace(base, failure=played)

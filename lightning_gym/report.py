@@ -148,6 +148,10 @@ def rollout_text(described: Mapping[str, Any]) -> str:
     ]
     if described["failure"]:
         head.append(f"  FAILED {described['failure']['kind']}: {described['failure']['message']}")
+    head += [
+        f"  call {found['call_index']} opened a new segment ({found['kind']}): {found['detail']}"
+        for found in described["breaks"]
+    ]
     body: list[str] = []
     for index, segment in enumerate(described["segments"]):
         body.append(f"  segment {index}, weights of step {segment['weight_version']}")

@@ -79,6 +79,18 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpliceBreak:
+    """Why a request opened a new segment although an earlier turn had ids."""
+
+    kind: str
+    """``edited_history``, ``changed_tools``, ``unknown_ids``, ``branch`` or ``template``."""
+    call_index: int
+    """The call whose prompt begins the new segment."""
+    detail: str
+    """Both sides, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One attempt at one task, played to its end or to its failure."""
 
@@ -96,6 +108,8 @@ class Rollout:
     """The verifier's reward; ``None`` exactly when `failure` is set."""
     calls: Sequence[Call] = ()
     """What the policy served for this rollout, in order."""
+    breaks: Sequence[SpliceBreak] = ()
+    """Where a call could not continue an earlier one; each begins a new segment."""
     output: Sequence[Mapping[str, Any]] = ()
     """The conversation after the prompt, as Gym's Responses items, without token ids."""
     prompt: Sequence[Mapping[str, Any]] = ()

@@ -62,6 +62,7 @@ class RolloutLog:
                     "truncated": rollout.truncated,
                     "seconds": round(rollout.seconds, 4),
                     "failure": rollout.failure,
+                    "breaks": rollout.breaks,
                     "metrics": rollout.metrics,
                     "prompt": rollout.prompt,
                     "output": rollout.output,

@@ -107,7 +107,7 @@ class RolloutStream:
             metrics.MISALIGNED: float(counts[FailureKind.MISALIGNED]),
             "rollout/zero_variance_frac": zero_variance_frac(rewards, groups),
             "rollout/segments_mean": len(chosen) / len(survivors),
-            "rollout/splice_breaks": float(collection.splice_breaks),
+            "rollout/splice_breaks": float(sum(len(rollout.breaks) for rollout in collection.rollouts)),
             "batch/tokens": float(sum(batch.num_tokens for batch in batches)),
             "batch/trained_tokens": float(sum(segment.num_trained for segment in chosen)),
         }

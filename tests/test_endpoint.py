@@ -1,6 +1,5 @@
 """The endpoint over real HTTP, with the fake engine behind it: what is answered, held, refused, and in which words."""
 
-import json
 import socket
 import threading
 import time
@@ -146,8 +145,6 @@ def test_counts_tell_what_was_encoded_and_what_was_known(served):
 def test_a_tool_call_is_said_in_openais_words(serve, policy_dir):
     words = ChatFormat(policy_dir).encode('<tool_call>{"name": "add", "arguments": {"n": 1}}</tool_call><|im_end|>')
     served = serve(engine=FakeEngine(max_model_len=256, script=lambda p, s: words))
-    PROFILES_LIMIT = PROFILES["train"].max_output_tokens  # noqa: N806  a name for the sentence below
-    assert len(words) > PROFILES_LIMIT
     served.endpoint._profiles = {"train": SamplingProfile(), "eval": SamplingProfile()}
     choice = served.chat().json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
@@ -255,7 +252,7 @@ def test_a_request_without_the_token_is_a_401_and_reaches_nothing(served, token)
         request = served.http.build_request(method, path, json={"messages": HELLO})
         del request.headers["authorization"]
         if token is not None:
-            request.headers["authorization"] = token.encode()
+            request.headers.update([(b"authorization", token.encode())])
         response = served.http.send(request)
         assert response.status_code == 401
         assert "bearer token" in error_of(response)
@@ -449,13 +446,22 @@ def test_closing_twice_or_before_the_start_is_no_error_and_frees_the_port(serve,
 
 def test_an_answer_that_comes_after_the_end_is_dropped(serve):
     served = serve(paused=True)
-    thread = threading.Thread(target=lambda: pytest.raises(httpx.TransportError, served.chat))
+    outcomes = []
+
+    def ask():
+        try:
+            outcomes.append(served.chat().status_code)
+        except httpx.TransportError as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=ask)
     thread.start()
     time.sleep(0.2)
     served.endpoint.close()
     served.engine.close()  # delivers its last words to nobody
     thread.join(10)
-    assert not thread.is_alive()
+    assert len(outcomes) == 1
+    assert outcomes[0] != 200
 
 
 def test_rollouts_that_are_served_at_once_keep_their_own_pages(served):
@@ -474,4 +480,4 @@ def test_rollouts_that_are_served_at_once_keep_their_own_pages(served):
     for name, entry in entries.items():
         (page,) = entry.served
         assert name in served.endpoint.chat.decode(page.call.prompt_ids)
-    assert json.dumps(served.endpoint.stats.requests) == "12"
+    assert served.endpoint.stats.requests == 12

@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,22 @@ def test_after_a_sync_every_engine_tensor_is_the_trainers_bit_for_bit(started):
     assert report.canary_diff < 1e-4
     generation = generate(engine, [PROMPT], [sampling()])[0]
     assert (trainer_logprobs(model, PROMPT, generation) - torch.tensor(generation.logprobs)).abs().max() < 1e-4
+
+
+def test_a_hundred_syncs_leave_no_memory_behind(started):
+    engine, _, sync = started
+    version = engine.weight_version
+    for _ in range(5):
+        sync.sync(version := version + 1)
+    before = resident_bytes()
+    for _ in range(100):
+        sync.sync(version := version + 1)
+    assert resident_bytes() - before < 8 << 20
+    assert engine.weight_version == version
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_greedy_text_after_a_sync_is_that_of_a_fresh_engine_with_these_weights(started, kind, tmp_path):

@@ -8,6 +8,7 @@ says so; it retries 500 three times and 503 for ever, so what would fail again i
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import secrets
@@ -174,7 +175,7 @@ class Endpoint:
                 return _error(refusal.status, str(refusal))
             except PromptTooLongError as error:
                 self.stats.refused += 1
-                return _error(400, str(error))
+                return _error(400, str(error), overflow=True)
             except EngineDeadError as error:
                 return _error(410, f"this policy is gone: {error}")
             except EngineError as error:
@@ -193,9 +194,8 @@ class Endpoint:
 
     async def _tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         if "messages" in body:
-            _check_chat(body)
-            entry = self._entry(body)
-            ids = self._splice(body, conversation(body), entry).prompt_ids
+            said = _said(body)
+            ids = self._splice(body, said, self._entry(body)).prompt_ids
         elif isinstance(body.get("prompt"), str):
             ids = self.chat.encode(body["prompt"])
         else:
@@ -204,10 +204,9 @@ class Endpoint:
 
     async def _chat_completions(self, body: Mapping[str, Any]) -> dict[str, Any]:
         self.stats.requests += 1
-        _check_chat(body)
+        said = _said(body)
         entry = self._entry(body)
         profile = self._profile(body, entry)
-        said = conversation(body)
         spliced = self._splice(body, said, entry)
         index = entry.calls_started if entry else 0
         if entry:
@@ -228,7 +227,7 @@ class Endpoint:
         rollout_id = body.get(wire.ROLLOUT_ID)
         if rollout_id is None:
             return None
-        entry = self._ledger.get(rollout_id)
+        entry = self._ledger.get(rollout_id) if isinstance(rollout_id, str) else None
         if entry is None or entry.expired:
             raise _Refusal(410, f"rollout {rollout_id} is over; nobody waits for this answer")
         return entry
@@ -269,6 +268,8 @@ class Endpoint:
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         if asked is not None and (not isinstance(asked, int) or asked < 1):
             raise _Refusal(422, f"the completion's token limit must be a positive integer, got {asked!r}")
+        if not isinstance(seed, int):
+            raise _Refusal(422, f"`seed` must be an integer, got {seed!r}")
         limits = [room, *(n for n in (asked, profile.max_output_tokens) if n is not None)]
         return SamplingParams(
             temperature=profile.temperature,
@@ -365,7 +366,8 @@ class _Inbox:
         self._results.append((future, result))
         if not self._waking:
             self._waking = True
-            self.loop.call_soon_threadsafe(self._empty)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+                self.loop.call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
         self._waking = False  # before the deque is read: a result put after this line wakes the loop again
@@ -379,7 +381,8 @@ class _Inbox:
                 future.set_result(result)
 
 
-def _check_chat(body: Mapping[str, Any]) -> None:
+def _said(body: Mapping[str, Any]) -> Conversation:
+    """The conversation of a chat request that this endpoint can answer."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise _Refusal(400, "expected `messages`, a list of one or more objects with a `role`")
@@ -387,6 +390,10 @@ def _check_chat(body: Mapping[str, Any]) -> None:
         raise _Refusal(400, "`stream` is not supported; leave it out")
     if body.get("n") not in (None, 1):
         raise _Refusal(400, f"`n` is {body['n']}; one completion a request is supported")
+    try:
+        return conversation(body)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _Refusal(400, f"a message does not have the shape of OpenAI's: {error!r}") from error
 
 
 def _engine_error(error: BaseException) -> EngineError:
@@ -429,5 +436,7 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def _error(status: int, message: str) -> Response:
+def _error(status: int, message: str, *, overflow: bool = False) -> Response:
+    if not overflow:  # a request's or an engine's own words must not be taken for one
+        message = message.replace("context length", "context-length").replace("max_tokens", "max-tokens")
     return _json({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_gym.rollout import Call
+from lightning_gym.rollout import Call, SpliceBreak
 
 Profile = Literal["train", "eval"]
 
@@ -34,21 +34,9 @@ class Entry:
     profile: Profile
     seed: int
     served: list[Served] = field(default_factory=list)
-    breaks: list["SpliceBreak"] = field(default_factory=list)
+    breaks: list[SpliceBreak] = field(default_factory=list)
     expired: bool = False
     calls_started: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpliceBreak:
-    """Why a request opened a new segment although an earlier turn had ids."""
-
-    kind: str
-    """``edited_history``, ``changed_tools``, ``unknown_ids``, ``branch`` or ``template``."""
-    call_index: int
-    """The call whose prompt begins the new segment."""
-    detail: str
-    """Both sides, in words."""
 
 
 class Ledger:

@@ -22,7 +22,8 @@ from typing import Any
 
 from lightning_gym.gym import wire
 from lightning_gym.policy.chat import ChatFormat
-from lightning_gym.policy.ledger import Served, SpliceBreak
+from lightning_gym.policy.ledger import Served
+from lightning_gym.rollout import SpliceBreak
 
 Canonical = tuple[Any, ...]
 
