@@ -104,17 +104,38 @@ _TENSORS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """What the normalisation of an optimizer step counts, over all ranks."""
+
+    num_tokens: int
+    """That train."""
+    num_rollouts: int
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> "StepTotals":
+        """The totals of one rank."""
+        rollouts = {trajectory.rollout_id for trajectory in trajectories}
+        return cls(num_tokens=sum(t.num_trained for t in trajectories), num_rollouts=len(rollouts))
+
+
 def loss_weights(
-    trajectories: Sequence[Trajectory], *, aggregation: Aggregation, constant_length: int | None = None
+    trajectories: Sequence[Trajectory],
+    *,
+    aggregation: Aggregation,
+    constant_length: int | None = None,
+    totals: StepTotals | None = None,
 ) -> list[float]:
     """The weight of every trained token of each trajectory, so that a weighted sum is the wanted mean.
 
     Args:
-        trajectories: all of one optimizer step.
+        trajectories: this rank's of one optimizer step.
         aggregation: ``token_mean``: every trained token counts the same, 1 / N (DAPO). ``rollout_mean``: every
             rollout counts the same whatever its length, 1 / (R n_r), where n_r counts the trained tokens of all its
             segments (GRPO). ``rollout_sum``: 1 / R a token. ``constant``: 1 / (R L) with L = `constant_length`
             (Dr. GRPO).
+        constant_length: for ``constant``.
+        totals: over all ranks; ``None``: there is one.
 
     Example: rollouts of three and of one trained token.
 
@@ -128,7 +149,8 @@ def loss_weights(
     per_rollout: dict[str, int] = {}
     for trajectory in trajectories:
         per_rollout[trajectory.rollout_id] = per_rollout.get(trajectory.rollout_id, 0) + trajectory.num_trained
-    num_tokens, num_rollouts = sum(per_rollout.values()), len(per_rollout)
+    totals = totals or StepTotals.of(trajectories)
+    num_tokens, num_rollouts = totals.num_tokens, totals.num_rollouts
     match aggregation:
         case "token_mean":
             return [1 / num_tokens] * len(trajectories)

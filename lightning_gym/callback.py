@@ -125,8 +125,10 @@ class GymCallback(L.Callback):
         use_packed_attention(model)
         check_packing(model)
         run_dir = Path(self._run_dir or trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            run_dir = run_dir / f"rank_{trainer.global_rank}"
         model_path = self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]
-        if self._log_rollouts and trainer.is_global_zero:
+        if self._log_rollouts:
             self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path)
         self.colocation.start(
             model, model_path, self._stream.tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=_ranks(trainer)

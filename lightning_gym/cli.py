@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -56,12 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: list[str]) -> None:
-    from lightning_gym import train
-
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         arguments = [f"recipe={arguments[0]}", *arguments[1:]]
-    sys.argv = [sys.argv[0], *arguments]
-    train.main()
+    # A program of its own, so that Lightning's launcher can start the other ranks with the same command.
+    os.execv(sys.executable, [sys.executable, "-m", "lightning_gym.train", *arguments])  # noqa: S606  no shell
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -106,7 +106,7 @@ class Colocation:
         self._closers.append(("endpoint", endpoint.close))
         check_prompts(tasks[:_NUM_PROMPTS_CHECKED], endpoint.chat, self._engine.max_model_len)
         parameter = next(model.parameters())
-        device = parameter.device.type
+        device = str(parameter.device)
         dtype = str(parameter.dtype).removeprefix("torch.")
         start = time.perf_counter()
         self._closers.append(("engine", self._engine.close))

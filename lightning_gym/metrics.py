@@ -49,6 +49,44 @@ def rollout_metrics(rollouts: Sequence[Rollout], survivors: Sequence[Rollout]) -
     return values
 
 
+_SUMMED = (
+    "batch/",
+    "rollout/count",
+    "rollout/dropped",
+    "rollout/misaligned",
+    "rollout/failed_",
+    "rollout/splice_breaks",
+)
+_LARGEST = ("time/", "rollout/slowest_s", "sync/canary_diff", "sync/copy_s")
+
+
+def over_ranks(of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of a step over all ranks.
+
+    Counts are summed, seconds and differences are the slowest or largest rank's, the rest are means over the rollouts
+    that came through.
+
+    Example:
+        >>> few = {"rollout/count": 1, "rollout/dropped": 0, "rollout/reward_mean": 1.0}
+        >>> many = {"rollout/count": 3, "rollout/dropped": 0, "rollout/reward_mean": 0.0}
+        >>> over_ranks([few, many])
+        {'rollout/count': 4, 'rollout/dropped': 0, 'rollout/reward_mean': 0.25}
+    """
+    combined: dict[str, float] = {}
+    for name in dict.fromkeys(name for values in of_ranks for name in values):
+        having = [values for values in of_ranks if name in values]
+        if name.startswith(_SUMMED):
+            combined[name] = sum(values[name] for values in having)
+        elif name.startswith(_LARGEST):
+            combined[name] = max(values[name] for values in having)
+        else:
+            weights = [values[ROLLOUTS] - values[DROPPED] for values in having]
+            total = sum(weights)
+            parts = [weight * values[name] for weight, values in zip(weights, having, strict=True)]
+            combined[name] = sum(parts) / total if total else having[0][name]
+    return combined
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 

@@ -5,8 +5,9 @@ the rest of the process group's timeout. Everything here runs on a gloo group of
 rollouts of different ranks end minutes apart.
 """
 
+import contextlib
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 _TIMEOUT = dt.timedelta(hours=6)
@@ -38,6 +39,16 @@ class Ranks:
         dist.all_reduce(total, group=self._control_group())
         return total.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; the values are pickled."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._control_group())
+        return values
+
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any rank has an error; its own where it has one.
 
@@ -48,16 +59,25 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        import torch.distributed as dist
-
-        messages: list[str | None] = [None] * self.size
-        mine = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(messages, mine, group=self._control_group())
+        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         for rank, message in enumerate(messages):
             if message is not None:
                 raise RuntimeError(f"rank {rank} failed: {message}")
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Generator[None]:
+        """Run a block that may fail on one rank alone: it then raises on all of them at the block's end.
+
+        Interrupts (Ctrl-C, SIGTERM's exception) are not waited with: they end this rank at once.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # noqa: BLE001  every rank has to hear of it before one may raise
+            error = caught
+        self.agree(error)
 
     def _control_group(self) -> Any:
         if self._group is None:

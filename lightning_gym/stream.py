@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from lightning_gym import metrics
 from lightning_gym.advantages import Baseline, Scale, group_advantages, zero_variance_frac
-from lightning_gym.batch import Aggregation, TrajectoryBatch, loss_weights, pack_window
+from lightning_gym.batch import Aggregation, StepTotals, TrajectoryBatch, loss_weights, pack_window
 from lightning_gym.collect import Collection
 from lightning_gym.colocation import Colocation
 from lightning_gym.errors import AlignmentError, CollectionError, ConfigError
+from lightning_gym.ranks import Ranks
 from lightning_gym.rollout import Failure, FailureKind, Rollout
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.tasks import Task, TaskCursor, shard
@@ -68,71 +69,95 @@ class RolloutStream:
         """
         ranks, settings = colocation.ranks, self.settings
         clock = metrics.PhaseClock()
-        seconds: dict[str, float] = {}
-        collection, error = None, None
-        try:
+        with ranks.agreeing():
             colocation.ensure_synced(version)
-            seconds |= clock.lap("sync")
+            seconds = clock.lap("sync")
             dealt = shard(self.cursor.peek(settings.prompts_per_step), ranks.rank, ranks.size)
             collection = colocation.collect(dealt, group_size=settings.group_size, profile="train")
-        except Exception as caught:  # noqa: BLE001  every rank has to hear of it before one may raise
-            error = caught
-        ranks.agree(error)
-        assert collection is not None
-        seconds |= clock.lap("collect")
-        batches, values = self._prepare(collection, colocation, version, num_micro_batches)
+            seconds |= clock.lap("collect")
+            played = _Played.of(collection, settings)
+            if self.log is not None:
+                self.log.write(version, played.collection.rollouts, played.segments, played.advantages)
+        totals = _over_ranks(StepTotals.of(played.chosen), ranks)
+        with ranks.agreeing():
+            batches = self._pack(played, totals, colocation, num_micro_batches)
         self.cursor.position += settings.prompts_per_step
-        self.metrics = values | seconds | clock.lap("prepare")
+        values = played.metrics() | seconds | clock.lap("prepare")
+        self.metrics = metrics.over_ranks(ranks.gather(values | {"batch/tokens": float(_num_tokens(batches))}))
         return batches
 
-    def _prepare(
-        self, collection: Collection, colocation: Colocation, version: int, num_micro_batches: int
-    ) -> tuple[list[TrajectoryBatch], dict[str, float]]:
-        collection, segments = _align(collection)
-        survivors = collection.survivors
-        if not survivors:
-            kinds = dict(collection.failures)
-            raise CollectionError(f"no group has two rollouts to compare; failures: {kinds}")
-        rewards = [rollout.reward or 0.0 for rollout in survivors]
-        groups = [rollout.group_id for rollout in survivors]
-        settings = self.settings
-        values = group_advantages(rewards, groups, baseline=settings.baseline, scale=settings.advantage_scale)
-        advantages = {rollout.rollout_id: value for rollout, value in zip(survivors, values.tolist(), strict=True)}
-        chosen = [segment for rollout in survivors for segment in segments[rollout.rollout_id]]
-        batches = self._pack(chosen, advantages, colocation, num_micro_batches)
-        if self.log is not None:
-            self.log.write(version, collection.rollouts, segments, advantages)
-        counts = collection.failures
-        found = metrics.rollout_metrics(collection.rollouts, survivors) | {
-            metrics.MISALIGNED: float(counts[FailureKind.MISALIGNED]),
-            "rollout/zero_variance_frac": zero_variance_frac(rewards, groups),
-            "rollout/segments_mean": len(chosen) / len(survivors),
-            "rollout/splice_breaks": float(sum(len(rollout.breaks) for rollout in collection.rollouts)),
-            "batch/tokens": float(sum(batch.num_tokens for batch in batches)),
-            "batch/trained_tokens": float(sum(segment.num_trained for segment in chosen)),
-        }
-        for kind, count in counts.items():
-            found[f"rollout/failed_{kind.value}"] = float(count)
-        return batches, found
-
     def _pack(
-        self,
-        chosen: Sequence[Trajectory],
-        advantages: dict[str, float],
-        colocation: Colocation,
-        num_micro_batches: int,
+        self, played: "_Played", totals: StepTotals, colocation: Colocation, num_micro_batches: int
     ) -> list[TrajectoryBatch]:
+        if not totals.num_rollouts:
+            raise CollectionError(f"no group has two rollouts to compare; failures: {dict(played.collection.failures)}")
         settings = self.settings
-        weights = loss_weights(chosen, aggregation=settings.aggregation, constant_length=settings.constant_length)
+        weights = loss_weights(
+            played.chosen,
+            aggregation=settings.aggregation,
+            constant_length=settings.constant_length,
+            totals=totals,
+        )
         return pack_window(
-            chosen,
-            [advantages[segment.rollout_id] for segment in chosen],
+            played.chosen,
+            [played.advantages[segment.rollout_id] for segment in played.chosen],
             weights,
             num_micro_batches=num_micro_batches,
             max_tokens_per_micro_batch=settings.max_tokens_per_micro_batch,
-            weight_scale=num_micro_batches,
+            weight_scale=num_micro_batches * colocation.ranks.size,
             temperature=colocation.profiles["train"].temperature,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Played:
+    """A collection, aligned and compared."""
+
+    collection: Collection
+    segments: dict[str, list[Trajectory]]
+    advantages: dict[str, float]
+    """By rollout id, of those that train."""
+
+    @classmethod
+    def of(cls, collection: Collection, settings: WindowSettings) -> "_Played":
+        collection, segments = _align(collection)
+        survivors = collection.survivors
+        values = group_advantages(
+            [rollout.reward or 0.0 for rollout in survivors],
+            [rollout.group_id for rollout in survivors],
+            baseline=settings.baseline,
+            scale=settings.advantage_scale,
+        )
+        advantages = {rollout.rollout_id: value for rollout, value in zip(survivors, values.tolist(), strict=True)}
+        return cls(collection=collection, segments=segments, advantages=advantages)
+
+    @property
+    def chosen(self) -> list[Trajectory]:
+        """The segments that train."""
+        return [segment for rollout_id in self.advantages for segment in self.segments[rollout_id]]
+
+    def metrics(self) -> dict[str, float]:
+        rollouts, survivors, chosen = self.collection.rollouts, self.collection.survivors, self.chosen
+        rewards = [rollout.reward or 0.0 for rollout in survivors]
+        counts = self.collection.failures
+        return {
+            **metrics.rollout_metrics(rollouts, survivors),
+            metrics.MISALIGNED: float(counts[FailureKind.MISALIGNED]),
+            "rollout/zero_variance_frac": zero_variance_frac(rewards, [rollout.group_id for rollout in survivors]),
+            "rollout/segments_mean": len(chosen) / max(1, len(survivors)),
+            "rollout/splice_breaks": float(sum(len(rollout.breaks) for rollout in rollouts)),
+            "batch/trained_tokens": float(sum(segment.num_trained for segment in chosen)),
+            **{f"rollout/failed_{kind.value}": float(count) for kind, count in counts.items()},
+        }
+
+
+def _over_ranks(totals: StepTotals, ranks: Ranks) -> StepTotals:
+    num_tokens, num_rollouts = ranks.sums(astuple(totals))
+    return StepTotals(num_tokens=round(num_tokens), num_rollouts=round(num_rollouts))
+
+
+def _num_tokens(batches: Sequence[TrajectoryBatch]) -> int:
+    return sum(batch.num_tokens for batch in batches)
 
 
 def _align(collection: Collection) -> tuple[Collection, dict[str, list[Trajectory]]]:

@@ -12,8 +12,10 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
+import aiohttp
 import httpx
 import msgspec
 from httpx_aiohttp import AiohttpTransport
@@ -44,9 +46,14 @@ class GymClient:
         self.rollout_timeout_s = rollout_timeout_s
         self._head_url = head_url.rstrip("/")
         self._slots = asyncio.Semaphore(max_concurrency)
-        limits = httpx.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
         timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
-        self._http = httpx.AsyncClient(transport=AiohttpTransport(limits=limits), timeout=timeout)
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # httpx keeps a jar, aiohttp a second one
+
+        def session() -> aiohttp.ClientSession:
+            connector = aiohttp.TCPConnector(limit=max_concurrency)
+            return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+        self._http = httpx.AsyncClient(transport=AiohttpTransport(client=session), timeout=timeout, cookies=no_cookies)
 
     async def connect(self) -> None:
         """Ask the head server which agents there are.

@@ -92,7 +92,11 @@ def read_run_response(body: Any) -> Played:
         and isinstance(value, int | float)
         and not isinstance(value, bool)
     }
-    prompt = body.get(RESPONSES_CREATE_PARAMS, {}).get("input", [])
+    for where, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise ValueError(f"output item {where} is a {type(item).__name__}, expected an object")  # noqa: TRY004  as above
+    params = body.get(RESPONSES_CREATE_PARAMS)
+    prompt = (params.get("input") if isinstance(params, Mapping) else None) or []
     return Played(
         reward=float(reward),
         prompt=[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
@@ -105,8 +109,9 @@ def read_run_response(body: Any) -> Played:
 
 def _bundle(item: Mapping[str, Any], where: int) -> Bundle:
     prompt_ids, token_ids, logprobs = (item.get(key) for key in TOKEN_BUNDLE)
-    if not prompt_ids or not token_ids or not isinstance(logprobs, list) or len(logprobs) != len(token_ids):
-        counts = {key: len(item.get(key) or ()) for key in TOKEN_BUNDLE}
+    lists = isinstance(prompt_ids, list) and isinstance(token_ids, list) and isinstance(logprobs, list)
+    if not lists or not prompt_ids or len(logprobs) != len(token_ids):
+        counts = {key: len(item[key]) if isinstance(item.get(key), list) else item.get(key) for key in TOKEN_BUNDLE}
         raise ValueError(f"output item {where} has an incomplete token bundle: {counts}")
     return Bundle(prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs)
 

@@ -54,6 +54,7 @@ class EngineModel:
     weights: Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
     """A fresh pass over (Hugging Face name, full tensor) of the policy being trained."""
     device: str = "cpu"
+    """The trainer's, as torch writes it: ``"cpu"`` or ``"cuda:1"``."""
 
 
 Deliver = Callable[[Generation | BaseException], None]

@@ -205,7 +205,7 @@ class VLLMEngine:
             import torch
             import vllm
 
-            if model.device == "cpu":
+            if model.device.startswith("cpu"):
                 vllm_private.keep_cpu_weights_live()
             vllm_private.register_loader()
             self._owns_process_group = not torch.distributed.is_initialized()
@@ -222,7 +222,7 @@ class VLLMEngine:
 
         from lightning_gym.policy.vllm_private import LOADER
 
-        on_cpu = model.device == "cpu"
+        on_cpu = model.device.startswith("cpu")
         kv_cache = self._kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
         arguments: dict[str, Any] = {
             "model": str(model.path),

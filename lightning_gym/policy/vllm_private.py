@@ -29,14 +29,21 @@ _weights_being_loaded: _WeightsFactory | None = None
 def set_environment(device: str) -> None:
     """Set the variables vLLM reads at import or freezes when an engine is built; the user's own values win.
 
+    Called inside `trainer_world_intact`, which takes them back.
+
     ``VLLM_ENABLE_V1_MULTIPROCESSING`` is not a choice: the CPU platform (0.32, ``platforms/cpu.py``) and
     ``LLMEngine.from_engine_args`` read it from the environment, and only ``0`` keeps the engine in this process.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if torch.distributed.is_initialized():
+        # 0.32 v1/executor/uniproc_executor.py: ExecutorWithExternalLauncher reads these and takes LOCAL_RANK as the
+        # device's index; Lightning's own launcher sets no RANK. Left behind, they would mislead the next Trainer.
+        os.environ["RANK"] = str(torch.distributed.get_rank())
+        os.environ["LOCAL_RANK"] = device.partition(":")[2] or "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if device == "cpu":
+    if device.startswith("cpu"):
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 
 
