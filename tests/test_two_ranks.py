@@ -27,7 +27,12 @@ from lightning_gym.rollout import SamplingProfile
 from lightning_gym.testing import FakeEngine, FakeGym
 
 model_dir, run_dir, devices, failing_rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-Counter.verify = lambda self, response: float(len(str(response["output"])) % 7)
+
+def ids_decide(self, response):
+    return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
+
+
+Counter.verify = ids_decide
 rng = random.Random(0)
 rows = [Counter.row(rng) for _ in range(8)]
 
