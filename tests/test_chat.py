@@ -1,6 +1,7 @@
 """What a chat template writes, where its turns end, and which templates cannot be trained on."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lightning_gym.errors import ConfigError
@@ -180,6 +181,16 @@ def test_a_template_that_writes_the_words_twice_or_never_has_no_text_after_them(
 @pytest.mark.parametrize("text", ["", "Hello", "<|im_end|>\n", "größe 東京 42", "<tool_call>"])
 def test_text_is_encoded_without_added_tokens_and_decodes_to_itself(chat, text):
     assert chat.decode(chat.encode(text)) == text
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_of_its_own_adds_none_to_template_text(tmp_path):
+    tokenizer = tiny_tokenizer()
+    begin = [("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=begin)
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("x")[0] == begin[0][1]
+    chat = ChatFormat(tmp_path)
+    assert chat.decode(chat.encode("x")) == "x"
 
 
 def test_special_tokens_in_text_are_their_ids(chat):

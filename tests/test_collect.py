@@ -7,6 +7,7 @@ would and returns what it is told to.
 import asyncio
 import json
 import logging
+import time
 from collections import Counter
 
 import pytest
@@ -237,11 +238,10 @@ def test_exactly_the_allowed_fraction_of_failures_is_allowed():
 
 
 def test_giving_up_does_not_wait_for_the_rest():
-    loop_time = asyncio.new_event_loop().time
-    start = loop_time()
+    start = time.monotonic()
     with pytest.raises(CollectionError):
         collect(lambda _g, a, _t: 422 if a == 0 else "hang", group_size=2, max_failed_frac=0.0)
-    assert loop_time() - start < 5
+    assert time.monotonic() - start < 5
 
 
 def test_what_was_not_served_is_a_failed_rollout_that_keeps_its_words():
@@ -275,7 +275,7 @@ def test_a_line_of_progress_is_logged_while_collecting(caplog):
         )
     lines = [record.getMessage() for record in caplog.records if "collecting" in record.getMessage()]
     assert len(lines) >= 2
-    assert lines[-1] == "collecting: 2/3 rollouts after 0 s, 1 failed, reward 0.500"
+    assert "collecting: 2/3 rollouts after 0 s, 1 failed, reward 0.500" in lines
 
 
 def test_seeds_depend_on_run_group_and_attempt_and_on_nothing_else():

@@ -498,3 +498,16 @@ def test_rollouts_that_are_served_at_once_keep_their_own_pages(served):
         (page,) = entry.served
         assert name in served.endpoint.chat.decode(page.call.prompt_ids)
     assert served.endpoint.stats.requests == 12
+
+
+def test_a_connection_lost_mid_answer_and_asked_again_is_one_call_of_the_rollout(serve):
+    served = serve(paused=True)
+    served.open("lost")
+    body = {"messages": HELLO, wire.ROLLOUT_ID: "lost"}
+    with pytest.raises(httpx.ReadTimeout):
+        served.http.post("/chat/completions", json=body, timeout=0.3)
+    served.engine.resume()
+    message = served.http.post("/chat/completions", json=body).json()["choices"][0]["message"]
+    entry = served.ledger.close("lost")
+    assert [made.call.token_ids for made in entry.served] == [message["generation_token_ids"]]
+    assert entry.calls_started == 1

@@ -28,3 +28,18 @@ def test_a_rank_alone_is_the_first_of_one_and_starts_no_process_group():
     ranks.agree(None)
     assert (ranks.rank, ranks.size) == (0, 1)
     assert not dist.is_initialized()
+
+
+def test_one_rank_gathers_its_own_value():
+    assert Ranks().gather({"a": 1}) == [{"a": 1}]
+
+
+def test_what_fails_inside_an_agreement_is_raised_at_its_end():
+    error = KeyError("mine")
+    with pytest.raises(KeyError) as caught, Ranks().agreeing():
+        raise error
+    assert caught.value is error
+    with Ranks().agreeing():
+        pass
+    with pytest.raises(KeyboardInterrupt), Ranks().agreeing():
+        raise KeyboardInterrupt

@@ -195,7 +195,15 @@ def test_a_tool_call_in_words_that_the_template_would_not_write_keeps_its_ids(ga
 
 
 @pytest.mark.parametrize(
-    "rewrite", [json.dumps, lambda a: json.dumps(a, separators=(",", ":")), lambda a: json.dumps(a, ensure_ascii=False)]
+    "rewrite",
+    [
+        json.dumps,
+        lambda a: json.dumps(a, separators=(",", ":")),
+        lambda a: json.dumps(a, ensure_ascii=False),
+        lambda a: json.dumps(dict(reversed(a.items()))),
+        lambda a: a,
+    ],
+    ids=["the same", "no spaces", "letters", "other order", "an object"],
 )
 def test_tool_call_arguments_that_the_client_wrote_anew_do_not_matter_to_the_ids(game, rewrite):
     reply = game.play(START, ADD + "<|im_end|>")
@@ -205,6 +213,21 @@ def test_tool_call_arguments_that_the_client_wrote_anew_do_not_matter_to_the_ids
     spliced = game.splice([*START, again, tool("7")])
     assert spliced.prompt_ids == [*game.emitted(), *game.chat.encode(words(tool("7")))]
     assert spliced.broke is None
+
+
+def test_tool_call_arguments_that_say_something_else_open_a_new_segment(game):
+    reply = game.play(START, ADD + "<|im_end|>")
+    for arguments in ('{"n": 8, "who": "é"}', '{"n": 7}', "not JSON"):
+        call = reply["tool_calls"][0] | {"function": {"name": "add", "arguments": arguments}}
+        messages = [*START, reply | {"tool_calls": [call]}, tool("7")]
+        opened(game, game.splice(messages), "edited_history", messages)
+
+
+def test_arguments_that_are_no_json_are_compared_as_they_are(game):
+    words_of_call = '<tool_call>{"name": "add", "arguments": "n = 7"}</tool_call><|im_end|>'
+    reply = game.play(START, words_of_call)
+    assert reply["tool_calls"][0]["function"]["arguments"] == "n = 7"
+    assert game.splice([*START, reply, tool("7")]).broke is None
 
 
 def test_two_tool_results_follow_each_other(game):

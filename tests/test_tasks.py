@@ -100,9 +100,10 @@ def test_a_long_value_is_shortened_in_the_message():
     assert len(str(caught.value)) < 400
 
 
-def test_a_default_agent_does_not_excuse_a_wrong_one():
+@pytest.mark.parametrize("wrong", [{}, "counter", 7, []])
+def test_a_default_agent_does_not_excuse_a_wrong_one(wrong):
     with pytest.raises(TaskError, match="agent_ref"):
-        read_tasks([ROW | {"agent_ref": {}}], agent="mine")
+        read_tasks([ROW | {"agent_ref": wrong}], agent="mine")
 
 
 def test_a_missing_file_and_an_empty_one_are_said(tmp_path):

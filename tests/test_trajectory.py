@@ -1,4 +1,4 @@
-"""Rollouts as arrays: chained where a prompt goes on exactly, cut where it does not, refused where it does not add up."""
+"""Rollouts as arrays: chained where a prompt goes on exactly, cut elsewhere, refused where it does not add up."""
 
 import math
 

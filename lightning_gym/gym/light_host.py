@@ -222,9 +222,11 @@ async def _serve_light(config: Any, ready: Callable[[], None]) -> int:
         servers[name] = server, asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
     tasks = {task for _, task in servers.values()} | {stopping}
-    while not all(server.started for server, _ in servers.values()) and not any(task.done() for task in tasks):
+    while not all(server.started for server, _ in servers.values()):
+        if any(task.done() for task in tasks):
+            break
         await asyncio.sleep(0.005)
-    if not any(task.done() for task in tasks):
+    else:
         ready()
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     dead = [name for name, (_, task) in servers.items() if task.done()]
@@ -254,7 +256,6 @@ def _apps(config: Any) -> Iterator[tuple[str, Any, tuple[str, int]]]:
         instance = cls(config=cls.load_config_from_global_config(), server_client=client)
         app = instance.setup_webserver()
         instance.setup_liveness(app)
-        instance.set_ulimit()
         instance.setup_exception_middleware(app)
         described = ServerInstanceDisplayConfig(
             process_name=server.name,

@@ -8,14 +8,12 @@ says so; it retries 500 three times and 503 for ever, so what would fail again i
 """
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import secrets
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -33,7 +31,9 @@ from lightning_gym.errors import ConfigError, EngineDeadError, EngineError, Prom
 from lightning_gym.gym import wire
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.engine import Engine, Generation, SamplingParams
+from lightning_gym.policy.inbox import Inbox
 from lightning_gym.policy.ledger import Entry, Ledger, Profile, Served
+from lightning_gym.policy.retries import ClientGoneError, PendingAnswers
 from lightning_gym.policy.splice import Conversation, Spliced, Splicer, canonical_message, conversation
 from lightning_gym.rollout import Call, SamplingProfile
 
@@ -103,7 +103,8 @@ class Endpoint:
         self._profiles = profiles
         self._splicer = Splicer(self.chat)
         self._num_submitted = 0
-        self._inbox = _Inbox()
+        self._inbox = Inbox()
+        self._answers: PendingAnswers[dict[str, Any]] = PendingAnswers()
         self._socket = _bind(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}/v1"
         self._server: uvicorn.Server
@@ -168,20 +169,26 @@ class Endpoint:
                 given = request.headers.get("authorization", "").encode()
                 if not hmac.compare_digest(given, expected):
                     raise _Refusal(401, "the bearer token is missing or wrong")
-                body = await _json_body(request) if request.method == "POST" else {}
-                return _json(await handler(body))
-            except _Refusal as refusal:
+                if request.method == "GET":
+                    return _json(await handler({}))
+                return _json(await self._once(request, await _body(request), handler))
+            except (_Refusal, EngineError, ClientGoneError) as error:
                 self.stats.refused += 1
-                return _error(refusal.status, str(refusal))
-            except PromptTooLongError as error:
-                self.stats.refused += 1
-                return _error(400, str(error), overflow=True)
-            except EngineDeadError as error:
-                return _error(410, f"this policy is gone: {error}")
-            except EngineError as error:
-                return _error(400, f"the engine refused the request: {error}")
+                return _reply_to(error)
 
         return handle
+
+    async def _once(self, request: Request, raw: bytes, handler: Any) -> Any:
+        """The handler's answer, shared with an identical request of the same rollout that is still unanswered."""
+        body = _json_object(raw)
+        rollout_id = body.get(wire.ROLLOUT_ID)
+        key = (request.url.path, raw) if isinstance(rollout_id, str) else object()
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        return await self._answers.answer(key, lambda: handler(body), gone)
 
     async def _health(self, _request: Request) -> Response:
         return _json({"status": "ok", "weight_version": self._engine.weight_version})
@@ -282,11 +289,14 @@ class Endpoint:
 
     async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
         self._num_submitted += 1
+        request_id = f"chat-{self._num_submitted}"
         future: asyncio.Future[Generation] = self._inbox.loop.create_future()
-        self._engine.generate(
-            f"chat-{self._num_submitted}", prompt_ids, sampling, lambda result: self._inbox.put(future, result)
-        )
-        return await future
+        self._engine.generate(request_id, prompt_ids, sampling, lambda result: self._inbox.put(future, result))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._engine.abort(request_id)
+            raise
 
     def _message(self, generation: Generation, call_id: str) -> dict[str, Any]:
         parsed = self.chat.parse(generation.token_ids)
@@ -354,33 +364,6 @@ class Endpoint:
         }
 
 
-class _Inbox:
-    """Brings results from the engine's thread to the loop's, one wake-up for all that arrive together."""
-
-    def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop
-        self._results: deque[tuple[asyncio.Future[Generation], Generation | BaseException]] = deque()
-        self._waking = False
-
-    def put(self, future: asyncio.Future[Generation], result: Generation | BaseException) -> None:
-        self._results.append((future, result))
-        if not self._waking:
-            self._waking = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-                self.loop.call_soon_threadsafe(self._empty)
-
-    def _empty(self) -> None:
-        self._waking = False  # before the deque is read: a result put after this line wakes the loop again
-        while self._results:
-            future, result = self._results.popleft()
-            if future.done():
-                continue
-            if isinstance(result, BaseException):
-                future.set_exception(_engine_error(result))
-            else:
-                future.set_result(result)
-
-
 def _said(body: Mapping[str, Any]) -> Conversation:
     """The conversation of a chat request that this endpoint can answer."""
     messages = body.get("messages")
@@ -394,10 +377,6 @@ def _said(body: Mapping[str, Any]) -> Conversation:
         return conversation(body)
     except (AttributeError, KeyError, TypeError) as error:
         raise _Refusal(400, f"a message does not have the shape of OpenAI's: {error!r}") from error
-
-
-def _engine_error(error: BaseException) -> EngineError:
-    return error if isinstance(error, EngineError) else EngineError(str(error))
 
 
 def call_seed(rollout_seed: int, index: int) -> int:
@@ -419,12 +398,16 @@ def _bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _json_body(request: Request) -> dict[str, Any]:
+async def _body(request: Request) -> bytes:
     length = int(request.headers.get("content-length", 0))
     if length > _MAX_BODY_BYTES:
         raise _Refusal(413, f"the request has {length} bytes; at most {_MAX_BODY_BYTES} are read")
+    return await request.body()
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        body = msgspec.json.decode(await request.body())
+        body = msgspec.json.decode(raw)
     except msgspec.DecodeError as error:
         raise _Refusal(400, f"the request body is not JSON: {error}") from error
     if not isinstance(body, dict):
@@ -434,6 +417,21 @@ async def _json_body(request: Request) -> dict[str, Any]:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _reply_to(error: Exception) -> Response:
+    """Plain 4xx: Gym would retry a 500 three times and a 503 for ever."""
+    match error:
+        case _Refusal():
+            return _error(error.status, str(error))
+        case PromptTooLongError():
+            return _error(400, str(error), overflow=True)
+        case EngineDeadError():
+            return _error(410, f"this policy is gone: {error}")
+        case ClientGoneError():
+            return _error(499, "the client closed the connection")
+        case _:
+            return _error(400, f"the engine refused the request: {error}")
 
 
 def _error(status: int, message: str, *, overflow: bool = False) -> Response:

@@ -1,0 +1,108 @@
+"""The rollout log: what is written is what is read, line by line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lightning_gym.errors import ConfigError
+from lightning_gym.rollout import Failure, FailureKind, Rollout, SpliceBreak
+from lightning_gym.rollout_log import FORMAT, RolloutLog, read_rollout_log
+from lightning_gym.testing import tiny_trajectory
+
+
+def rollout(rollout_id="a", **changes):
+    values = {
+        "rollout_id": rollout_id,
+        "task_index": 3,
+        "group_id": 7,
+        "attempt": 1,
+        "agent": "counter",
+        "reward": 0.5,
+        "seconds": 1.23456,
+        "output": [{"type": "message", "content": "größe"}],
+        "prompt": [{"role": "user", "content": "count"}],
+        "metrics": {"steps": 2.0},
+        "breaks": (SpliceBreak(kind="branch", call_index=1, detail="continues call 0"),),
+    }
+    return Rollout(**values | changes)
+
+
+def written(path, *collections):
+    log = RolloutLog(path, path.parent / "model")
+    for arguments in collections:
+        log.write(*arguments)
+    log.close()
+    model, lines = read_rollout_log(path)
+    return model, list(lines)
+
+
+def test_a_rollout_comes_back_as_it_was_written(tmp_path):
+    segments = [tiny_trajectory(weight_version=4), tiny_trajectory(num_prompt=1, num_trained=1)]
+    model, (line,) = written(tmp_path / "log.jsonl", (4, [rollout()], {"a": segments}, {"a": -0.25}))
+    assert model == tmp_path / "model"
+    assert {key: value for key, value in line.items() if key != "segments"} == {
+        "step": 4,
+        "rollout_id": "a",
+        "task_index": 3,
+        "group_id": 7,
+        "attempt": 1,
+        "agent": "counter",
+        "reward": 0.5,
+        "advantage": -0.25,
+        "truncated": False,
+        "seconds": 1.2346,
+        "failure": None,
+        "breaks": [{"kind": "branch", "call_index": 1, "detail": "continues call 0"}],
+        "metrics": {"steps": 2.0},
+        "prompt": [{"role": "user", "content": "count"}],
+        "output": [{"type": "message", "content": "größe"}],
+    }
+    first, second = line["segments"]
+    assert first["token_ids"] == [1, 2, 3, 4]
+    assert [bool(flag) for flag in first["loss_mask"]] == [False, False, True, True]
+    assert first["logprobs"] == [0.0, 0.0, -1.0, -1.0]
+    assert first["weight_version"] == 4
+    assert second["token_ids"] == [1, 2]
+
+
+def test_a_failed_rollout_is_written_with_its_cause_and_no_advantage(tmp_path):
+    failure = Failure(kind=FailureKind.TIMEOUT, message="no answer")
+    _, (line,) = written(tmp_path / "log.jsonl", (0, [rollout(reward=None, failure=failure)], {}, {}))
+    assert line["failure"] == {"kind": "timeout", "message": "no answer"}
+    assert (line["reward"], line["advantage"], line["segments"]) == (None, None, [])
+
+
+def test_directories_are_made_and_a_log_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "run" / "deep" / "log.jsonl"
+    written(path, (0, [rollout("a")], {}, {}))
+    _, lines = written(path, (1, [rollout("b"), rollout("c")], {}, {}))
+    assert [(line["step"], line["rollout_id"]) for line in lines] == [(0, "a"), (1, "b"), (1, "c")]
+    assert sum("format" in json.loads(line) for line in path.read_text().splitlines()) == 1
+
+
+def test_what_was_written_can_be_read_while_the_run_goes_on(tmp_path):
+    log = RolloutLog(tmp_path / "log.jsonl", tmp_path)
+    log.write(0, [rollout()], {}, {})
+    assert len(list(read_rollout_log(tmp_path / "log.jsonl")[1])) == 1
+    log.close()
+
+
+def test_logprobs_are_written_to_a_millionth_of_a_nat(tmp_path):
+    trajectory = tiny_trajectory()
+    trajectory.rollout_logprobs[2:] = np.array([-0.123456789, -7e-9], dtype=np.float32)
+    _, (line,) = written(tmp_path / "log.jsonl", (0, [rollout()], {"a": [trajectory]}, {}))
+    assert line["segments"][0]["logprobs"] == [0.0, 0.0, -0.123457, -0.0]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "[]\n", '{"format": "other/1"}\n', "not JSON\n", '{"reward": 1}\n'])
+def test_another_file_is_refused_by_its_first_line(tmp_path, text):
+    path = tmp_path / "other.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"other\.jsonl is not a rollout log.*'{FORMAT}'"):
+        read_rollout_log(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist"):
+        read_rollout_log(tmp_path / "gone.jsonl")
