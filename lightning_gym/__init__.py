@@ -3,10 +3,12 @@
 A vLLM engine lives in the training process, answers Gym as a local OpenAI-compatible endpoint, gets the trainer's
 weights in process after optimizer steps, and the rollouts that Gym plays come back as token-exact training batches.
 
+- `AttachedGym`: NeMo Gym servers that somebody else started.
 - `EmbeddedGym`: a small Gym-compatible server for environments written here.
 - `Environment`: what such an environment implements.
 - `GymCallback`: decides whose turn it is, engine or trainer, from Lightning's hooks.
 - `GymDataModule`: task rows in, windows of packed micro-batches out.
+- `NemoGym`: NeMo Gym's own servers, started from Gym's own Python environment.
 - `PolicyModule`: a `LightningModule` to start from, short enough to copy.
 - `VLLMEngine`: the colocated engine.
 
@@ -22,23 +24,28 @@ if TYPE_CHECKING:
     from lightning_gym.datamodule import GymDataModule
     from lightning_gym.gym.embedded import EmbeddedGym
     from lightning_gym.gym.environments import Environment
+    from lightning_gym.gym.servers import AttachedGym, NemoGym
     from lightning_gym.module import PolicyModule
     from lightning_gym.policy.vllm_engine import VLLMEngine
 
 __all__ = [
+    "AttachedGym",
     "EmbeddedGym",
     "Environment",
     "GymCallback",
     "GymDataModule",
+    "NemoGym",
     "PolicyModule",
     "VLLMEngine",
 ]
 
 _MODULE_OF = {
+    "AttachedGym": "lightning_gym.gym.servers",
     "EmbeddedGym": "lightning_gym.gym.embedded",
     "Environment": "lightning_gym.gym.environments",
     "GymCallback": "lightning_gym.callback",
     "GymDataModule": "lightning_gym.datamodule",
+    "NemoGym": "lightning_gym.gym.servers",
     "PolicyModule": "lightning_gym.module",
     "VLLMEngine": "lightning_gym.policy.vllm_engine",
 }

@@ -20,43 +20,52 @@ class RecordingPolicy:
     def play(self, answers):
         self.answers, self.sent = list(answers), []
 
-    def answer(self, path, body):
+    def answer(self, _, path, headers, body):
+        if headers["authorization"] != f"Bearer {KEY}":
+            return 401, "wrong key"
         self.sent.append({"path": path, "body": body})
         return self.answers[min(len(self.sent), len(self.answers)) - 1]
 
 
 @contextmanager
-def recording_policy():
-    policy = RecordingPolicy()
+def json_server(answer):
+    """An HTTP server; `answer` takes method, path, headers and body and returns status and JSON. Yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self):  # noqa: N802  http.server calls it so
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            status, reply = policy.answer(self.path, body)
-            if self.headers["authorization"] != f"Bearer {KEY}":
-                status, reply = 401, "wrong key"
-            content = json.dumps(reply).encode()
+        def reply(self):
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, value = answer(self.command, self.path, self.headers, json.loads(body) if body else None)
+            content = json.dumps(value).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
+        do_GET = do_POST = reply  # noqa: N815  http.server's names
+
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        yield policy, f"http://127.0.0.1:{server.server_port}/v1"
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def recording_policy():
+    policy = RecordingPolicy()
+    with json_server(policy.answer) as url:
+        yield policy, f"{url}/v1"
 
 
 def completion(content=None, *, calls=(), finish_reason=None, ids=True, number=0, **message):
@@ -111,7 +120,8 @@ ARGUMENTS = [
     "{", "", "null", "[]", "{}", "1", "0", "false", '"x"', '""',
     '{"count": NaN}', '{"count": "3"}', '{"count": "three"}', '{"count": 1.5}', '{"count": 1.0}', '{"count": true}',
     '{"count": null}', '{"count": [1]}', '{"count": 1, "more": 2}', '{"Count": 1}', '[{"count": 1}]', '{"count": 1} x',
-    '{"count": 1e400}', '{"count": "ü\\u00e9"}', "[1]", "1.5", '{"count": {"a": {"b": [1, 2]}}}', '{"count": 9007199254740993}',
+    '{"count": 1e400}', '{"count": "ü\\u00e9"}', "[1]", "1.5", '{"count": {"a": {"b": [1, 2]}}}',
+    '{"count": 9007199254740993}',
 ]  # fmt: skip
 
 
@@ -122,13 +132,16 @@ def scenarios(demo_row):
     ]
     history = [
         {"role": "system", "content": "Count."},
-        {"role": "developer", "content": [{"type": "input_text", "text": "Be "}, {"type": "input_text", "text": "brief."}]},
+        {
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "Be "}, {"type": "input_text", "text": "brief."}],
+        },
         {"role": "user", "content": "add 1"},
         {"type": "function_call", "call_id": "c0", "name": "increment_counter", "arguments": '{"count": 1}'},
         {"type": "function_call_output", "call_id": "c0", "output": '{"success":true}'},
         {"role": "assistant", "content": "done"},
         {"role": "user", "content": "go on"},
-    ]  # fmt: skip
+    ]
     return {
         "right": (demo_row, [add(*numbers), get(), DONE]),
         "wrong": (demo_row, [add(numbers[0]), DONE]),

@@ -4,9 +4,9 @@
 """
 
 import asyncio
+import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import httpx
@@ -22,15 +22,13 @@ from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger
 from lightning_gym.rollout import Failure, SamplingProfile
 from lightning_gym.testing import FakeEngine, FakeGym, tiny_tokenizer
+from tests.recording_policy import KEY, completion, recording_policy, row, scenarios
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).parent / "gym_samples" / "session_state_contract.json"
 AGENT = "example_session_state_mgmt_simple_agent"
 CONFIG = "resources_servers/example_session_state_mgmt/configs/example_session_state_mgmt.yaml"
 MAX_STEPS = 4
-sys.path.insert(0, str(Path(__file__).parent))
-
-from recording_policy import KEY, completion, recording_policy, row, scenarios  # noqa: E402  the tests are no package
 
 DEMO_ROW = Counter.row(random.Random(0))
 SCENARIOS = scenarios(DEMO_ROW)
@@ -215,7 +213,7 @@ def test_concurrent_rollouts_keep_their_own_state_and_bring_every_served_id_back
         assert [b.prompt_ids for b in rollout.bundles] == [call.prompt_ids for call in served]
         assert [b.token_ids for b in rollout.bundles] == [call.token_ids for call in served]
         assert [b.logprobs for b in rollout.bundles] == [call.logprobs for call in served]
-        for call, later in zip(served, served[1:], strict=False):
+        for call, later in itertools.pairwise(served):
             so_far = call.prompt_ids + call.token_ids
             assert later.prompt_ids[: len(so_far)] == so_far, "later prompts continue what was emitted"
 

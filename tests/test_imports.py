@@ -44,6 +44,7 @@ ORDER = [
     "policy.splice",
     "policy.inbox",
     "policy.retries",
+    "policy.replies",
     "policy.endpoint",
     "collect",
     "trajectory",

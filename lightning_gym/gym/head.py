@@ -94,10 +94,10 @@ class Head:
             with _client() as client:
                 response = client.get(url)
             response.raise_for_status()
-            # YAML inside a JSON string.
-            config = yaml.safe_load(json.loads(response.text))
-        except (httpx.HTTPError, ValueError, TypeError, yaml.YAMLError) as error:
-            raise GymStartError(f"{url} does not answer as a Gym head server does: {type(error).__name__}") from error
+            config = yaml.safe_load(str(json.loads(response.text)))  # YAML inside a JSON string
+        except (httpx.HTTPError, ValueError, yaml.YAMLError) as error:
+            # Not the error's words: they may quote a key.
+            raise GymStartError(f"{url} does not answer as a Gym head server does: {type(error).__name__}") from None
         if not isinstance(config, dict):
             raise GymStartError(f"{url}: expected a mapping, got {type(config).__name__}")
         return config

@@ -108,12 +108,11 @@ def read_run_response(body: Any) -> Played:
 
 
 def _bundle(item: Mapping[str, Any], where: int) -> Bundle:
-    prompt_ids, token_ids, logprobs = (item.get(key) for key in TOKEN_BUNDLE)
-    lists = isinstance(prompt_ids, list) and isinstance(token_ids, list) and isinstance(logprobs, list)
-    if not lists or not prompt_ids or len(logprobs) != len(token_ids):
-        counts = {key: len(item[key]) if isinstance(item.get(key), list) else item.get(key) for key in TOKEN_BUNDLE}
-        raise ValueError(f"output item {where} has an incomplete token bundle: {counts}")
-    return Bundle(prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs)
+    match [item.get(key) for key in TOKEN_BUNDLE]:
+        case [list(prompt_ids), list(token_ids), list(logprobs)] if prompt_ids and len(token_ids) == len(logprobs):
+            return Bundle(prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs)
+    counts = {key: len(item[key]) if isinstance(item.get(key), list) else item.get(key) for key in TOKEN_BUNDLE}
+    raise ValueError(f"output item {where} has an incomplete token bundle: {counts}")
 
 
 _NOT_READABLE = frozenset((*TOKEN_BUNDLE, "routed_experts"))

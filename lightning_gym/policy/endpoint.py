@@ -2,9 +2,6 @@
 
 Its one job beyond OpenAI's is exactness: it puts the ids the engine was fed and the ids it sampled on the message
 (`lightning_gym.gym.wire.TOKEN_BUNDLE`), writes every call into the ledger, and builds later prompts from emitted ids.
-
-Gym treats a 400 that says "context length" or "max_tokens" as an empty answer and scores it, so only a true overflow
-says so; it retries 500 three times and 503 for ever, so what would fail again is a plain 4xx.
 """
 
 import asyncio
@@ -20,36 +17,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lightning_gym.errors import ConfigError, EngineDeadError, EngineError, PromptTooLongError
+from lightning_gym.errors import ConfigError, EngineError, PromptTooLongError
 from lightning_gym.gym import wire
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.engine import Engine, Generation, SamplingParams
 from lightning_gym.policy.inbox import Inbox
 from lightning_gym.policy.ledger import Entry, Ledger, Profile, Served
+from lightning_gym.policy.replies import Refusal, body_of, json_object, json_reply, reply_to
 from lightning_gym.policy.retries import ClientGoneError, PendingAnswers
 from lightning_gym.policy.splice import Conversation, Spliced, Splicer, canonical_message, conversation
 from lightning_gym.rollout import Call, SamplingProfile
 
 _log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 24 * 3600  # idle connections outlast any pause: a client reusing one that just closed sees a reset
-_MAX_BODY_BYTES = 64 << 20
 _MAX_CONNECTIONS = 8192
 _STOP_TIMEOUT_S = 5.0
-
-
-class _Refusal(Exception):  # noqa: N818  it is an answer, not an accident
-    """A request that gets a 4xx."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(slots=True)
@@ -168,19 +156,19 @@ class Endpoint:
             try:
                 given = request.headers.get("authorization", "").encode()
                 if not hmac.compare_digest(given, expected):
-                    raise _Refusal(401, "the bearer token is missing or wrong")
+                    raise Refusal(401, "the bearer token is missing or wrong")
                 if request.method == "GET":
-                    return _json(await handler({}))
-                return _json(await self._once(request, await _body(request), handler))
-            except (_Refusal, EngineError, ClientGoneError) as error:
+                    return json_reply(await handler({}))
+                return json_reply(await self._once(request, await body_of(request), handler))
+            except (Refusal, EngineError, ClientGoneError) as error:
                 self.stats.refused += 1
-                return _reply_to(error)
+                return reply_to(error)
 
         return handle
 
     async def _once(self, request: Request, raw: bytes, handler: Any) -> Any:
         """The handler's answer, shared with an identical request of the same rollout that is still unanswered."""
-        body = _json_object(raw)
+        body = json_object(raw)
         rollout_id = body.get(wire.ROLLOUT_ID)
         key = (request.url.path, raw) if isinstance(rollout_id, str) else object()
 
@@ -191,7 +179,7 @@ class Endpoint:
         return await self._answers.answer(key, lambda: handler(body), gone)
 
     async def _health(self, _request: Request) -> Response:
-        return _json({"status": "ok", "weight_version": self._engine.weight_version})
+        return json_reply({"status": "ok", "weight_version": self._engine.weight_version})
 
     async def _models(self, _body: Mapping[str, Any]) -> dict[str, Any]:
         names = (self.model_name, f"{self.model_name}-eval")
@@ -206,7 +194,7 @@ class Endpoint:
         elif isinstance(body.get("prompt"), str):
             ids = self.chat.encode(body["prompt"])
         else:
-            raise _Refusal(400, "expected `messages` (a list) or `prompt` (a string)")
+            raise Refusal(400, "expected `messages` (a list) or `prompt` (a string)")
         return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.max_model_len}
 
     async def _chat_completions(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +224,7 @@ class Endpoint:
             return None
         entry = self._ledger.get(rollout_id) if isinstance(rollout_id, str) else None
         if entry is None or entry.expired:
-            raise _Refusal(410, f"rollout {rollout_id} is over; nobody waits for this answer")
+            raise Refusal(410, f"rollout {rollout_id} is over; nobody waits for this answer")
         return entry
 
     def _profile(self, body: Mapping[str, Any], entry: Entry | None) -> SamplingProfile:
@@ -251,14 +239,14 @@ class Endpoint:
                 message = (
                     f"`{key}` is {asked} but the {name} profile samples with {pinned}; leave it out or set {pinned}"
                 )
-                raise _Refusal(422, message)
+                raise Refusal(422, message)
         return profile
 
     def _splice(self, body: Mapping[str, Any], said: Conversation, entry: Entry | None) -> Spliced:
         try:
             spliced = self._splicer.splice(body, said, entry.served if entry else ())
         except ConfigError as error:
-            raise _Refusal(400, str(error)) from error
+            raise Refusal(400, str(error)) from error
         self.stats.prompt_tokens += len(spliced.prompt_ids)
         self.stats.encoded_tokens += spliced.num_encoded
         return spliced
@@ -274,9 +262,9 @@ class Endpoint:
             )
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         if asked is not None and (not isinstance(asked, int) or asked < 1):
-            raise _Refusal(422, f"the completion's token limit must be a positive integer, got {asked!r}")
+            raise Refusal(422, f"the completion's token limit must be a positive integer, got {asked!r}")
         if not isinstance(seed, int):
-            raise _Refusal(422, f"`seed` must be an integer, got {seed!r}")
+            raise Refusal(422, f"`seed` must be an integer, got {seed!r}")
         limits = [room, *(n for n in (asked, profile.max_output_tokens) if n is not None)]
         return SamplingParams(
             temperature=profile.temperature,
@@ -368,15 +356,15 @@ def _said(body: Mapping[str, Any]) -> Conversation:
     """The conversation of a chat request that this endpoint can answer."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise _Refusal(400, "expected `messages`, a list of one or more objects with a `role`")
+        raise Refusal(400, "expected `messages`, a list of one or more objects with a `role`")
     if body.get("stream"):
-        raise _Refusal(400, "`stream` is not supported; leave it out")
+        raise Refusal(400, "`stream` is not supported; leave it out")
     if body.get("n") not in (None, 1):
-        raise _Refusal(400, f"`n` is {body['n']}; one completion a request is supported")
+        raise Refusal(400, f"`n` is {body['n']}; one completion a request is supported")
     try:
         return conversation(body)
     except (AttributeError, KeyError, TypeError) as error:
-        raise _Refusal(400, f"a message does not have the shape of OpenAI's: {error!r}") from error
+        raise Refusal(400, f"a message does not have the shape of OpenAI's: {error!r}") from error
 
 
 def call_seed(rollout_seed: int, index: int) -> int:
@@ -396,45 +384,3 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
-
-
-async def _body(request: Request) -> bytes:
-    length = int(request.headers.get("content-length", 0))
-    if length > _MAX_BODY_BYTES:
-        raise _Refusal(413, f"the request has {length} bytes; at most {_MAX_BODY_BYTES} are read")
-    return await request.body()
-
-
-def _json_object(raw: bytes) -> dict[str, Any]:
-    try:
-        body = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
-        raise _Refusal(400, f"the request body is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise _Refusal(400, f"expected a JSON object, got {type(body).__name__}")
-    return body
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _reply_to(error: Exception) -> Response:
-    """Plain 4xx: Gym would retry a 500 three times and a 503 for ever."""
-    match error:
-        case _Refusal():
-            return _error(error.status, str(error))
-        case PromptTooLongError():
-            return _error(400, str(error), overflow=True)
-        case EngineDeadError():
-            return _error(410, f"this policy is gone: {error}")
-        case ClientGoneError():
-            return _error(499, "the client closed the connection")
-        case _:
-            return _error(400, f"the engine refused the request: {error}")
-
-
-def _error(status: int, message: str, *, overflow: bool = False) -> Response:
-    if not overflow:  # a request's or an engine's own words must not be taken for one
-        message = message.replace("context length", "context-length").replace("max_tokens", "max-tokens")
-    return _json({"error": {"message": message, "type": "invalid_request_error", "code": status}}, status)

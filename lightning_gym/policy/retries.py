@@ -1,9 +1,9 @@
 """Answers that are being made: one for a request, however often it is asked.
 
 A client that lost its connection asks again, and must get the answer that is on its way, not a second sample.
-A request is such a retry only while an identical one of the same rollout is unfinished, or was finished for a connection
-that had closed by then. The same request after a delivered answer is a new call: Gym 0.4.0 drops empty turns from the
-history and then asks in the same words again.
+A request is such a retry only while an identical one of the same rollout is unfinished, or was finished for a
+connection that had closed by then. The same request after a delivered answer is a new call: Gym 0.4.0 drops empty
+turns from the history and then asks in the same words again.
 """
 
 import asyncio
