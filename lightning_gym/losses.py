@@ -107,7 +107,7 @@ def mismatch_metrics(logprobs: Tensor, batch: TrajectoryBatch) -> dict[str, Tens
         the mean of ``exp |trainer - engine|``, 1 when they agree (NeMo RL's health metric); ``num_trained``.
     """
     _check(logprobs, batch)
-    mask = batch.loss_mask & (batch.weight_versions >= 0)
+    mask = _sampled(batch)
     difference = (logprobs - batch.rollout_logprobs)[mask].abs()
     if difference.numel() == 0:
         zero = logprobs.new_zeros(())
@@ -125,8 +125,13 @@ def mismatch_metrics(logprobs: Tensor, batch: TrajectoryBatch) -> dict[str, Tens
     }
 
 
+def _sampled(batch: TrajectoryBatch) -> Tensor:
+    """Trained tokens that an engine sampled: all but the one of a filler."""
+    return batch.loss_mask & (batch.weight_versions >= 0)
+
+
 def _mean(values: Tensor, batch: TrajectoryBatch) -> Tensor:
-    mask = batch.loss_mask
+    mask = _sampled(batch)
     return (values * mask).sum().detach() / mask.sum().clamp(min=1)
 
 

@@ -343,11 +343,14 @@ class FakeEngine:
                 if self._closed:
                     return
                 request_id, (prompt_ids, sampling, deliver) = next(iter(self._waiting.items()))
-            generation = self._generate(prompt_ids, sampling)
+            try:
+                result = self._generate(prompt_ids, sampling)
+            except Exception as error:  # noqa: BLE001  whoever asked hears of it; the others are still answered
+                result = EngineError(f"the fake engine could not answer {request_id}: {error!r}")
             with self._wake:
                 asked_for = self._waiting.pop(request_id, None) is not None
             if asked_for:
-                deliver(generation)
+                deliver(result)
 
     def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
         import torch

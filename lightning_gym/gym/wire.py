@@ -111,8 +111,9 @@ def _bundle(item: Mapping[str, Any], where: int) -> Bundle:
     match [item.get(key) for key in TOKEN_BUNDLE]:
         case [list(prompt_ids), list(token_ids), list(logprobs)] if prompt_ids and len(token_ids) == len(logprobs):
             return Bundle(prompt_ids=prompt_ids, token_ids=token_ids, logprobs=logprobs)
-    counts = {key: len(item[key]) if isinstance(item.get(key), list) else item.get(key) for key in TOKEN_BUNDLE}
-    raise ValueError(f"output item {where} has an incomplete token bundle: {counts}")
+        case found:
+            counts = {key: len(v) if isinstance(v, list) else v for key, v in zip(TOKEN_BUNDLE, found, strict=True)}
+            raise ValueError(f"output item {where} has an incomplete token bundle: {counts}")
 
 
 _NOT_READABLE = frozenset((*TOKEN_BUNDLE, "routed_experts"))

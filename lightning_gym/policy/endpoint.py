@@ -260,7 +260,7 @@ class Endpoint:
             raise PromptTooLongError(
                 f"This model's maximum context length is {limit} tokens, and the prompt has {len(prompt_ids)}."
             )
-        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        asked = body.get("max_completion_tokens", body.get("max_tokens"))
         if asked is not None and (not isinstance(asked, int) or asked < 1):
             raise Refusal(422, f"the completion's token limit must be a positive integer, got {asked!r}")
         if not isinstance(seed, int):
