@@ -104,7 +104,7 @@ class Colocation:
         )
         self._endpoint = endpoint
         self._closers.append(("endpoint", endpoint.close))
-        check_prompts(tasks[:_NUM_PROMPTS_CHECKED], endpoint.chat, self._engine.max_model_len)
+        check_prompts(tasks[:_NUM_PROMPTS_CHECKED], endpoint.service.chat, self._engine.max_model_len)
         parameter = next(model.parameters())
         device = str(parameter.device)
         dtype = str(parameter.dtype).removeprefix("torch.")
@@ -118,7 +118,7 @@ class Colocation:
         endpoint.start()
         self._closers.append(("gym", self._gym.close))
         head_url = self._gym.start(
-            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.model_name, run_dir=run_dir
+            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.service.model_name, run_dir=run_dir
         )
         self._connect(head_url, run_id)
         self.start_seconds = {"engine": built - start, "gym": time.perf_counter() - built}
@@ -175,7 +175,9 @@ class Colocation:
         if self._sync is None:
             raise EngineError("the colocation has not been started")
         if self._engine.weight_version != version:
-            self.reports.append(self._sync.sync(version))
+            report = self._sync.sync(version)
+            self.reports.append(report)
+            self.endpoint.service.stats.sync_seconds += report.seconds
 
     def take_reports(self) -> list[SyncReport]:
         """The syncs since this was last asked."""

@@ -13,9 +13,10 @@ import pytest
 from lightning_gym.errors import ConfigError, EngineError
 from lightning_gym.gym import wire
 from lightning_gym.policy.chat import ChatFormat
-from lightning_gym.policy.endpoint import Endpoint, call_seed
+from lightning_gym.policy.endpoint import Endpoint
 from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger
+from lightning_gym.policy.service import call_seed
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.testing import FakeEngine
 
@@ -141,7 +142,7 @@ def test_a_broken_history_is_answered_counted_and_written_down(served):
     served.chat(**{wire.ROLLOUT_ID: "r"})
     served.chat([{"role": "user", "content": "Something else"}], **{wire.ROLLOUT_ID: "r"})
     assert [(b.kind, b.call_index) for b in entry.breaks] == [("edited_history", 1)]
-    assert served.endpoint.stats.splice_breaks == {"edited_history": 1}
+    assert served.endpoint.service.stats.splice_breaks == {"edited_history": 1}
 
 
 def test_counts_tell_what_was_encoded_and_what_was_known(served):
@@ -151,7 +152,7 @@ def test_counts_tell_what_was_encoded_and_what_was_known(served):
     second = served.chat(messages, **{wire.ROLLOUT_ID: "r"}).json()["choices"][0]["message"]
     lengths = [len(m[wire.PROMPT_TOKEN_IDS]) for m in (first, second)]
     known = lengths[0] + len(first[wire.GENERATION_TOKEN_IDS])
-    stats = served.endpoint.stats
+    stats = served.endpoint.service.stats
     assert stats.requests == 2
     assert stats.prompt_tokens == sum(lengths)
     assert stats.encoded_tokens == sum(lengths) - known
@@ -161,7 +162,7 @@ def test_counts_tell_what_was_encoded_and_what_was_known(served):
 def test_a_tool_call_is_said_in_openais_words(serve, policy_dir):
     words = ChatFormat(policy_dir).encode('<tool_call>{"name": "add", "arguments": {"n": 1}}</tool_call><|im_end|>')
     served = serve(engine=FakeEngine(max_model_len=256, script=lambda p, s: words))
-    served.endpoint._profiles = {"train": SamplingProfile(), "eval": SamplingProfile()}
+    served.endpoint.service._profiles = {"train": SamplingProfile(), "eval": SamplingProfile()}
     choice = served.chat().json()["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     (call,) = choice["message"]["tool_calls"]
@@ -264,7 +265,7 @@ def error_of(response):
 
 @pytest.mark.parametrize("token", [None, "", "Bearer", "Bearer wrong", "wrong"])
 def test_a_request_without_the_token_is_a_401_and_reaches_nothing(shared, token):
-    before = shared.endpoint.stats.requests
+    before = shared.endpoint.service.stats.requests
     for method, path in (("POST", "/chat/completions"), ("GET", "/models"), ("POST", "../tokenize")):
         request = shared.http.build_request(method, path, json={"messages": HELLO})
         del request.headers["authorization"]
@@ -273,7 +274,7 @@ def test_a_request_without_the_token_is_a_401_and_reaches_nothing(shared, token)
         response = shared.http.send(request)
         assert response.status_code == 401
         assert "bearer token" in error_of(response)
-    assert shared.endpoint.stats.requests == before
+    assert shared.endpoint.service.stats.requests == before
     assert shared.endpoint.api_key not in response.text
 
 
@@ -362,7 +363,7 @@ def test_a_body_over_the_limit_is_a_413_before_it_is_read(served):
 
 
 def test_other_routes_and_methods_do_not_exist(served):
-    assert served.http.post("/completions", json={}).status_code == 404
+    assert served.http.post("/responses", json={}).status_code == 404
     assert served.http.get("/chat/completions").status_code == 405
     assert served.http.get("../docs").status_code == 404
 
@@ -496,8 +497,8 @@ def test_rollouts_that_are_served_at_once_keep_their_own_pages(served):
         thread.join(20)
     for name, entry in entries.items():
         (page,) = entry.served
-        assert name in served.endpoint.chat.decode(page.call.prompt_ids)
-    assert served.endpoint.stats.requests == 12
+        assert name in served.endpoint.service.chat.decode(page.call.prompt_ids)
+    assert served.endpoint.service.stats.requests == 12
 
 
 def test_a_connection_lost_mid_answer_and_asked_again_is_one_call_of_the_rollout(serve):
@@ -511,3 +512,39 @@ def test_a_connection_lost_mid_answer_and_asked_again_is_one_call_of_the_rollout
     entry = served.ledger.close("lost")
     assert [made.call.token_ids for made in entry.served] == [message["generation_token_ids"]]
     assert entry.calls_started == 1
+
+
+def test_a_text_or_a_list_of_ids_is_continued_with_its_ids_and_logprobs(served):
+    ids = served.http.post("../tokenize", json={"prompt": "Hello there"}).json()["tokens"]
+    by_text = served.http.post("/completions", json={"prompt": "Hello there", "seed": 3}).json()
+    by_ids = served.http.post("/completions", json={"prompt": ids, "seed": 3}).json()
+    assert by_text["prompt_token_ids"] == by_ids["prompt_token_ids"] == ids
+    choice = by_text["choices"][0]
+    assert choice["token_ids"] == by_ids["choices"][0]["token_ids"]
+    assert (
+        len(choice["logprobs"]["token_logprobs"]) == len(choice["token_ids"]) == by_text["usage"]["completion_tokens"]
+    )
+    assert served.http.post("../detokenize", json={"tokens": ids}).json() == {"prompt": "Hello there"}
+    for prompt in ([], [1.5], ["a"], None, 7):
+        assert served.http.post("/completions", json={"prompt": prompt}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"response_format": {"type": "json_object"}}, {"logit_bias": {"5": 1}}, {"tool_choice": "required"}],
+)
+def test_a_request_that_masks_the_distribution_is_refused_with_the_reason(served, extra):
+    reply = served.chat(**extra)
+    assert reply.status_code == 400
+    assert next(iter(extra)) in reply.json()["error"]["message"]
+
+
+def test_metrics_are_prometheus_text_and_count_what_happened(served):
+    served.chat()
+    text = httpx.get(served.endpoint.url.replace("/v1", "/metrics")).text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines())
+    stats = served.endpoint.service.stats
+    assert float(values["lightning_gym_requests_total"]) == stats.requests
+    assert float(values["lightning_gym_generated_tokens_total"]) == stats.generated_tokens > 0
+    assert float(values["lightning_gym_waiting_requests"]) == 0
+    assert float(values["lightning_gym_weight_version"]) == 3

@@ -181,7 +181,7 @@ def circle(request, policy_dir, tokenizer, tmp_path_factory, one_thread):
     try:
         run_dir = tmp_path_factory.mktemp(request.param)
         head_url = gym.start(
-            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.model_name, run_dir=run_dir
+            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.service.model_name, run_dir=run_dir
         )
         yield head_url, endpoint, ledger
     finally:

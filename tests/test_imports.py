@@ -45,6 +45,7 @@ ORDER = [
     "policy.inbox",
     "policy.retries",
     "policy.replies",
+    "policy.service",
     "policy.endpoint",
     "collect",
     "trajectory",

@@ -104,8 +104,11 @@ class ChatFormat:
 
     def parse(self, token_ids: Sequence[int]) -> ParsedMessage:
         """A sampled turn as the agent will see it: the turn-end id is dropped, other special tokens stay."""
-        words = token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
-        return parse_hermes(self.decode(words))
+        return parse_hermes(self.decode(self.words(token_ids)))
+
+    def words(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """A sampled turn without the id that ended it."""
+        return token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
 
     def _probe_turn_end(self, path: Path) -> tuple[str, int]:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
