@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -282,10 +283,13 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path):
 
 
 @pytest.mark.gym
-def test_two_gyms_of_one_run_directory_run_side_by_side(tmp_path):
-    with started(nemo(), tmp_path) as one, started(nemo(), tmp_path) as other:
-        assert one != other
-        assert httpx.get(one).status_code == httpx.get(other).status_code == 200
+def test_two_gyms_of_one_run_directory_start_and_run_side_by_side(tmp_path):
+    config = own_server(tmp_path / "mine")
+    with nemo(config) as one, nemo(config) as other, ThreadPoolExecutor() as threads:
+        starting = [threads.submit(gym.start, **POLICY, run_dir=tmp_path / "run") for gym in (one, other)]
+        head_urls = {start.result() for start in starting}
+        assert len(head_urls) == 2
+        assert [httpx.get(url).status_code for url in head_urls] == [200, 200]
 
 
 # -- what is left

@@ -130,8 +130,10 @@ def _link_own_server(path: Path) -> None:
 
 def _link(link: Path, target: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
+    # In one step: the Gym of another rank may be at it, or use it already.
+    new = link.with_name(f"{link.name}.{os.getpid()}")
+    new.symlink_to(target)
+    new.replace(link)
 
 
 def _free_port() -> int:
