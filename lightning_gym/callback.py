@@ -47,6 +47,7 @@ class GymCallback(L.Callback):
         max_failed_frac: above this fraction of failed rollouts a step is given up, and with it the run.
         heartbeat_s: a line of progress is logged this often while rollouts are being collected.
         endpoint_port: of the local OpenAI endpoint; 0 picks a free one.
+        endpoint_api_key: its bearer token; ``None`` makes a random one. A Gym that was started before needs both known.
         log_rollouts: write ``rollouts.jsonl`` into the run directory.
         run_dir: where logs go; ``None``: the Trainer's ``log_dir``, or its ``default_root_dir``.
 
@@ -70,6 +71,7 @@ class GymCallback(L.Callback):
         max_failed_frac: float = 0.25,
         heartbeat_s: float = 10.0,
         endpoint_port: int = 0,
+        endpoint_api_key: str | None = None,
         log_rollouts: bool = True,
         run_dir: str | Path | None = None,
     ) -> None:
@@ -86,6 +88,7 @@ class GymCallback(L.Callback):
             max_failed_frac=max_failed_frac,
             heartbeat_s=heartbeat_s,
             endpoint_port=endpoint_port,
+            endpoint_api_key=endpoint_api_key,
         )
         self.colocation = Colocation(engine, gym, {"train": train, "eval": eval_sampling or train}, settings)
         self.history: list[dict[str, float]] = []

@@ -48,6 +48,8 @@ class CollectSettings:
     max_concurrency: int = 512
     endpoint_port: int = 0
     """0 picks a free one."""
+    endpoint_api_key: str | None = None
+    """Bearer token of the endpoint; ``None`` makes a random one."""
 
 
 class Colocation:
@@ -100,7 +102,12 @@ class Colocation:
         """
         self.ranks = ranks
         endpoint = Endpoint(
-            self._engine, model_path, self._ledger, profiles=self.profiles, port=self._settings.endpoint_port
+            self._engine,
+            model_path,
+            self._ledger,
+            profiles=self.profiles,
+            port=self._settings.endpoint_port,
+            api_key=self._settings.endpoint_api_key,
         )
         self._endpoint = endpoint
         self._closers.append(("endpoint", endpoint.close))

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_gym.callback import GymCallback
-from lightning_gym.errors import ConfigError
+from lightning_gym.errors import ConfigError, GymStartError
 from lightning_gym.report import plot_reward, summarize, summary_line
 
 
@@ -87,7 +87,7 @@ def main(cfg: DictConfig) -> None:
     """Hydra's entry point; a mistake of the user's ends in one line instead of a traceback."""
     try:
         run(cfg)
-    except ConfigError as error:
+    except (ConfigError, GymStartError) as error:
         sys.exit(f"lightning-gym: {error}")
 
 
