@@ -466,7 +466,7 @@ def test_the_demos_policy_trains_on_real_gym_from_the_reward_that_was_predicted(
     from recipes.tiny_policy.build import TinyPolicy
 
     warm_start = TinyPolicy(environment="counter", seed=0).ensure(ROOT / "outputs" / "tiny_policy")
-    arguments = ["counter", "gym=nemo_light", "~gym.environments", "trainer.max_steps=3"]
+    arguments = ["counter", "gym=nemo_light", "trainer.max_steps=3"]
     arguments += [f"warm_start={warm_start}", f"output_dir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "-m", "lightning_gym.cli", "train", *arguments],
