@@ -19,7 +19,7 @@ def measure() -> Measurement:
     return Measurement(
         name="demo",
         what="`make demo` with the warm start built afresh; one run a seed. Seconds are wall (CPU of the trainer's "
-        "process in brackets). `train` is everything from the first rollout to the last optimizer step.",
+        "process in brackets). `training` is everything from the first rollout to the last optimizer step.",
         rows=rows,
     )
 
@@ -45,7 +45,7 @@ def _demo(seed: int) -> dict[str, object]:
         "last 10 steps": summary["reward_last10"],
         "0.90 reached at step": reached,
         "warm start s": warmed - start,
-        "train s": summary["train_seconds"],
+        "training s": summary["train_seconds"],
         "whole s": done - start,
         **{f"{phase} s": f"{wall[phase]:.1f} ({cpu[phase]:.1f})" for phase in cpu},
         "engine start s": wall["engine"],

@@ -4,20 +4,15 @@ Public, so that a user can test an own `LightningModule` or environment in secon
 `tiny_tokenizer` and `tiny_model` are real Hugging Face classes of toy size: they save, load and serve like a released
 checkpoint.
 
-Importing this module imports no torch; the functions that need it import it.
+Importing this package imports no torch; the functions that need it import it.
 """
 
-import asyncio
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from lightning_gym.errors import EngineDeadError, EngineError, EngineStartError, WeightSyncError
-from lightning_gym.gym.environments import load_environment
-from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
+from lightning_gym.fake_engine import FakeEngine
+from lightning_gym.fake_gym import FakeGym
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +20,16 @@ if TYPE_CHECKING:
 
     from lightning_gym.batch import TrajectoryBatch
     from lightning_gym.trajectory import Trajectory
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "FakeEngine",
+    "FakeGym",
+    "tiny_batch",
+    "tiny_model",
+    "tiny_tokenizer",
+    "tiny_trajectory",
+]
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -214,243 +219,3 @@ def tiny_batch(*, advantage: float = 1.0, weight: float = 1.0, old_logprob: floa
         sequence_lengths=(2,),
         old_logprobs=None if old_logprob is None else second(old_logprob),
     )
-
-
-class FakeEngine:
-    """A real policy without vLLM: the Hugging Face model itself, one token at a time, on a thread of its own.
-
-    Fulfils `lightning_gym.policy.engine.Engine` and passes its contract tests, logprob parity included; slow, so for
-    models and batches of toy size.
-
-    Args:
-        max_model_len: tokens of context.
-        script: what to "sample" instead of sampling: ``(prompt_ids, seed) -> token ids``.
-        logprob: what to report instead of the model's: ``(position, token id) -> nats``; a function that is different
-            for every pair shows any misplaced token.
-        max_num_seqs: accepted for likeness; requests are answered one after the other.
-    """
-
-    def __init__(
-        self,
-        *,
-        max_model_len: int = 512,
-        script: Callable[[Sequence[int], int], list[int]] | None = None,
-        logprob: Callable[[int, int], float] | None = None,
-        max_num_seqs: int = 1,
-    ) -> None:
-        self.max_num_seqs = max_num_seqs
-        self.events: list[str] = []
-        """What was asked of the engine, in order: ``start``, ``update:3``, ``resume``, ``pause``, ``close``."""
-        self._max_model_len = max_model_len
-        self._script = script
-        self._logprob = logprob
-        self._model: Any = None
-        self._version: int | None = None
-        self._waiting: dict[str, tuple[list[int], SamplingParams, Deliver]] = {}
-        self._wake = threading.Condition()
-        self._running = False
-        self._closed = False
-        self._thread: threading.Thread | None = None
-
-    @property
-    def weight_version(self) -> int | None:
-        return self._version
-
-    @property
-    def max_model_len(self) -> int:
-        return self._max_model_len
-
-    def start(self, model: EngineModel) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.events.append("start")
-        try:
-            config = AutoConfig.from_pretrained(model.path)
-            with torch.random.fork_rng(devices=[]):
-                self._model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype)).eval()
-            self._model.load_state_dict(dict(model.weights()), strict=False)
-        except Exception as error:
-            raise EngineStartError(f"the fake engine could not load {model.path}: {error}") from error
-        self._model.requires_grad_(False)
-        self._thread = threading.Thread(target=self._work, name="lightning-gym-fake-engine", daemon=True)
-        self._thread.start()
-
-    def generate(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, deliver: Deliver) -> None:
-        with self._wake:
-            if not self._closed and len(prompt_ids) < self._max_model_len:
-                self._waiting[request_id] = (list(prompt_ids), sampling, deliver)
-                self._wake.notify()
-                return
-        reason = "was closed" if self._closed else f"has room for {self._max_model_len} tokens"
-        deliver(EngineDeadError(f"the engine {reason}") if self._closed else EngineError(f"the engine {reason}"))
-
-    def abort(self, request_id: str) -> None:
-        with self._wake:
-            self._waiting.pop(request_id, None)
-
-    def resume(self) -> None:
-        if self._version is None:
-            raise WeightSyncError("the engine was resumed before its first weight sync")
-        self.events.append("resume")
-        self._set(running=True)
-
-    def pause(self) -> None:
-        self.events.append("pause")
-        self._set(running=False)
-        with self._wake:
-            self._waiting.clear()
-
-    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        import torch
-
-        ids = torch.tensor([list(token_ids)])
-        values = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        return values.gather(-1, ids[0, 1:, None])[:, 0].tolist()
-
-    def weight_views(self) -> "Mapping[str, torch.Tensor]":
-        return {name: parameter.data for name, parameter in self._model.named_parameters()}
-
-    def update_weights(self, write: Callable[[], None], *, version: int) -> None:
-        if self._running:
-            raise WeightSyncError(f"weights of version {version} arrived while requests were running; pause first")
-        self.events.append(f"update:{version}")
-        write()
-        self._version = version
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self.events.append("close")
-        with self._wake:
-            self._closed, self._running = True, False
-            waiting, self._waiting = self._waiting, {}
-            self._wake.notify()
-        for _, _, deliver in waiting.values():
-            deliver(EngineDeadError("the engine was closed"))
-        if self._thread is not None:
-            self._thread.join()
-
-    def _set(self, *, running: bool) -> None:
-        with self._wake:
-            self._running = running
-            self._wake.notify()
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closed or (self._running and self._waiting))
-                if self._closed:
-                    return
-                request_id, (prompt_ids, sampling, deliver) = next(iter(self._waiting.items()))
-            try:
-                result = self._generate(prompt_ids, sampling)
-            except Exception as error:  # noqa: BLE001  whoever asked hears of it; the others are still answered
-                result = EngineError(f"the fake engine could not answer {request_id}: {error!r}")
-            with self._wake:
-                asked_for = self._waiting.pop(request_id, None) is not None
-            if asked_for:
-                deliver(result)
-
-    def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
-        import torch
-
-        generator = torch.Generator().manual_seed(sampling.seed % (1 << 63))
-        scripted = iter(self._script(prompt_ids, sampling.seed)) if self._script else None
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        while len(token_ids) < min(sampling.max_tokens, self._max_model_len - len(prompt_ids)):
-            logits = (
-                self._model(input_ids=torch.tensor([prompt_ids + token_ids]), use_cache=False).logits[0, -1].float()
-            )
-            chances = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
-            if scripted is not None:
-                token = next(scripted)
-            elif sampling.temperature == 0:
-                token = int(logits.argmax())
-            else:
-                token = int(torch.multinomial(chances.exp(), 1, generator=generator))
-            position = len(prompt_ids) + len(token_ids)
-            logprobs.append(self._logprob(position, token) if self._logprob else float(chances[token]))
-            token_ids.append(token)
-            if token in sampling.stop_token_ids:
-                break
-        stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
-        assert self._version is not None
-        return Generation(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finish_reason="stop" if stopped else "length",
-            weight_version=self._version,
-        )
-
-
-class FakeGym:
-    """Gym's HTTP contract on a thread of this process: agents that play `environments`, and can be told to fail.
-
-    Fulfils `lightning_gym.gym.servers.Gym` and passes its contract tests.
-
-    Args:
-        environments: what `lightning_gym.gym.environments.load_environment` takes.
-        max_steps: model calls of one rollout.
-        fault: ``n -> HTTP status`` with which the n-th ``/run`` is answered instead of being played, or ``None``.
-    """
-
-    def __init__(
-        self,
-        environments: Sequence[str] = ("counter",),
-        *,
-        max_steps: int = 10,
-        fault: Callable[[int], int | None] | None = None,
-    ) -> None:
-        self.num_runs = 0
-        """``/run`` requests so far."""
-        self._environments = [load_environment(spec) for spec in environments]
-        self._max_steps = max_steps
-        self._fault = fault
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event
-        self._thread: threading.Thread | None = None
-
-    def start(self, *, policy_url: str, api_key: str, model: str, run_dir: Path) -> str:
-        from lightning_gym.gym.embedded_server import Settings, listening
-
-        settings = Settings(
-            environments=[],
-            policy_url=policy_url,
-            api_key=api_key,
-            model=model,
-            max_steps=self._max_steps,
-            ready_file="",
-        )
-        head_url: Future[str] = Future()
-
-        async def serve() -> None:
-            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-            async with listening(settings, self._environments, [self._maybe_fail()]) as url:
-                head_url.set_result(url)
-                await self._stop.wait()
-
-        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="lightning-gym-fake-gym", daemon=True)
-        self._thread.start()
-        return head_url.result()
-
-    def close(self) -> None:
-        if self._thread is None or self._loop is None or not self._thread.is_alive():
-            return
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    def _maybe_fail(self) -> Any:
-        from aiohttp import web
-
-        @web.middleware
-        async def maybe_fail(request: web.Request, handler: Any) -> web.StreamResponse:
-            if request.path == "/run":
-                number, self.num_runs = self.num_runs, self.num_runs + 1
-                status = self._fault(number) if self._fault else None
-                if status is not None:
-                    return web.json_response(f"fault injected into run {number}", status=status)
-            return await handler(request)
-
-        return maybe_fail

@@ -65,6 +65,8 @@ ORDER = [
     "loop",
     "validate",
     "report",
+    "fake_engine",
+    "fake_gym",
     "testing",
     "conf_path",
     "serve",

@@ -127,10 +127,11 @@ class PolicyService:
         prompt = body.get("prompt")
         prompt_ids = self.chat.encode(prompt) if isinstance(prompt, str) else _token_ids(body, "prompt")
         self.stats.prompt_tokens += len(prompt_ids)
+        number = self._number()
         sampling = self._sampling(
-            body, self._profile(body, None), prompt_ids, seed=body.get("seed", self._num_submitted)
+            body, self._profile(body, None), prompt_ids, seed=_asked(body, "seed", default=number)
         )
-        generation = await self._generate(prompt_ids, sampling)
+        generation = await self._generate(number, prompt_ids, sampling)
         self.stats.generated_tokens += len(generation.token_ids)
         choice = {
             "index": 0,
@@ -139,7 +140,7 @@ class PolicyService:
             "token_ids": generation.token_ids,
             "logprobs": {"token_logprobs": generation.logprobs},
         }
-        completion = self._envelope(body, "text_completion", choice, prompt_ids, generation)
+        completion = self._envelope(number, body, "text_completion", choice, prompt_ids, generation)
         return completion | {wire.PROMPT_TOKEN_IDS: prompt_ids}
 
     async def chat_completions(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,12 +157,13 @@ class PolicyService:
                 entry.breaks.append(spliced.broke)
                 kind = spliced.broke.kind
                 self.stats.splice_breaks[kind] = self.stats.splice_breaks.get(kind, 0) + 1
-        seed = call_seed(entry.seed, index) if entry else body.get("seed") or self._num_submitted
+        number = self._number()
+        seed = call_seed(entry.seed, index) if entry else _asked(body, "seed", default=number)
         sampling = self._sampling(body, profile, spliced.prompt_ids, seed=seed)
-        generation = await self._generate(spliced.prompt_ids, sampling)
-        message = self._message(generation, f"{index}-{self._num_submitted}")
+        generation = await self._generate(number, spliced.prompt_ids, sampling)
+        message = self._message(number, generation)
         self._record(entry, index, said, spliced, generation, message)
-        return self._completion(body, message, spliced.prompt_ids, generation)
+        return self._completion(number, body, message, spliced.prompt_ids, generation)
 
     def _entry(self, body: Mapping[str, Any]) -> Entry | None:
         """The page of the request's rollout; ``None`` for a client that plays no rollout of ours."""
@@ -206,7 +208,7 @@ class PolicyService:
             raise PromptTooLongError(
                 f"This model's maximum context length is {limit} tokens, and the prompt has {len(prompt_ids)}."
             )
-        asked = body.get("max_completion_tokens", body.get("max_tokens"))
+        asked = _asked(body, "max_completion_tokens", "max_tokens")
         if asked is not None and (not isinstance(asked, int) or asked < 1):
             raise Refusal(422, f"the completion's token limit must be a positive integer, got {asked!r}")
         if not isinstance(seed, int):
@@ -221,9 +223,13 @@ class PolicyService:
             stop_token_ids=self.chat.stop_ids,
         )
 
-    async def _generate(self, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
+    def _number(self) -> int:
+        """A number of its own for every call: ids of requests and tool calls are made from it."""
         self._num_submitted += 1
-        request_id = f"chat-{self._num_submitted}"
+        return self._num_submitted
+
+    async def _generate(self, number: int, prompt_ids: list[int], sampling: SamplingParams) -> Generation:
+        request_id = f"call-{number}"
         future: asyncio.Future[Generation] = self._inbox.loop.create_future()
         self._engine.generate(request_id, prompt_ids, sampling, lambda result: self._inbox.put(future, result))
         self.stats.waiting += 1
@@ -235,7 +241,7 @@ class PolicyService:
         finally:
             self.stats.waiting -= 1
 
-    def _message(self, generation: Generation, call_id: str) -> dict[str, Any]:
+    def _message(self, number: int, generation: Generation) -> dict[str, Any]:
         parsed = self.chat.parse(generation.token_ids)
         message: dict[str, Any] = {"role": "assistant", "content": parsed.content}
         if parsed.reasoning:
@@ -243,7 +249,7 @@ class PolicyService:
         if parsed.tool_calls:
             message["tool_calls"] = [
                 {
-                    "id": f"call-{call_id}-{i}",
+                    "id": f"call-{number}-{i}",
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
@@ -275,7 +281,12 @@ class PolicyService:
         entry.served.append(Served(call=call, messages=said.messages, reply=reply, context=said.context))
 
     def _completion(
-        self, body: Mapping[str, Any], message: dict[str, Any], prompt_ids: list[int], generation: Generation
+        self,
+        number: int,
+        body: Mapping[str, Any],
+        message: dict[str, Any],
+        prompt_ids: list[int],
+        generation: Generation,
     ) -> dict[str, Any]:
         finish_reason = generation.finish_reason
         if finish_reason == "stop" and "tool_calls" in message:
@@ -286,10 +297,11 @@ class PolicyService:
             wire.GENERATION_LOG_PROBS: generation.logprobs,
         }
         choice = {"index": 0, "finish_reason": finish_reason, "message": message | bundle}
-        return self._envelope(body, "chat.completion", choice, prompt_ids, generation)
+        return self._envelope(number, body, "chat.completion", choice, prompt_ids, generation)
 
     def _envelope(
         self,
+        number: int,
         body: Mapping[str, Any],
         kind: str,
         choice: dict[str, Any],
@@ -298,7 +310,7 @@ class PolicyService:
     ) -> dict[str, Any]:
         num_prompt, num_sampled = len(prompt_ids), len(generation.token_ids)
         return {
-            "id": f"cmpl-{self._num_submitted}",
+            "id": f"cmpl-{number}",
             "object": kind,
             "created": int(time.time()),
             "model": body.get("model") or self.model_name,
@@ -334,6 +346,11 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
             raise Refusal(400, f"`{key}` is not supported: a masked distribution is not the policy that is trained")
     if body.get("tool_choice") not in (None, "auto", "none"):
         raise Refusal(400, "a forced `tool_choice` is not supported; use `auto` and let the policy decide")
+
+
+def _asked(body: Mapping[str, Any], *keys: str, default: Any = None) -> Any:
+    """The first of `keys` that the request sets; an explicit null sets nothing."""
+    return next((body[key] for key in keys if body.get(key) is not None), default)
 
 
 def _token_ids(body: Mapping[str, Any], key: str) -> list[int]:
