@@ -559,7 +559,7 @@ def test_a_server_that_does_not_come_up_is_reported_with_its_log(tmp_path, monke
 
 def test_a_server_that_is_too_slow_is_stopped_and_reported(tmp_path):
     gym = EmbeddedGym(start_timeout_s=0.01)
-    with pytest.raises(GymStartError, match=r"did not listen within 0\.01 s"):
+    with pytest.raises(GymStartError, match=r"is not ready after 0\.01 s"):
         started(gym, tmp_path)
     assert gym.poll() is not None
 

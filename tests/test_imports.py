@@ -30,6 +30,7 @@ ORDER = [
     "gym.policy_client",
     "gym.agent_loop",
     "gym.supervisor",
+    "gym.ready",
     "gym.client",
     "gym.head",
     "gym.servers",

@@ -5,7 +5,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +14,12 @@ import msgspec
 
 from lightning_gym.errors import ConfigError, GymStartError
 from lightning_gym.gym.environments import Environment, load_environment
+from lightning_gym.gym.ready import ReadyFile
 from lightning_gym.gym.supervisor import Supervised
 
 SETTINGS_VARIABLE = "LIGHTNING_GYM_EMBEDDED"
 """The server process finds its settings here: the policy's key must not show up in a list of processes."""
 
-_LOG_TAIL_BYTES = 4000
 _GRACE_S = 3.0
 
 
@@ -80,43 +79,28 @@ class EmbeddedGym:
             raise ConfigError(f"policy_url: expected an URL that ends with '/v1', got {policy_url!r}")
         run_dir.mkdir(parents=True, exist_ok=True)
         log_path = run_dir / "embedded_gym.log"
-        ready_file = run_dir / f"embedded_gym.{os.getpid()}.{id(self)}.json"
-        settings = {
-            "environments": self.environments,
-            "policy_url": policy_url,
-            "api_key": api_key,
-            "model": model,
-            "max_steps": self.max_steps,
-            "ready_file": str(ready_file.absolute()),
-        }
-        log_start = log_path.stat().st_size if log_path.exists() else 0
-        self._server = Supervised(
-            [sys.executable, "-P", "-m", "lightning_gym.gym.embedded"],
-            env=_child_environment(msgspec.json.encode(settings).decode()),
-            cwd=Path.cwd(),
-            log_path=log_path,
-            grace_s=_GRACE_S,
-        )
-        try:
-            return self._wait_until_ready(ready_file, log_path, log_start)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            ready_file.unlink(missing_ok=True)
-
-    def _wait_until_ready(self, ready_file: Path, log_path: Path, log_start: int) -> str:
-        assert self._server is not None
-        deadline = time.monotonic() + self.start_timeout_s
-        while not ready_file.exists():
-            code = self._server.poll()
-            if code is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-                continue
-            what = f"did not listen within {self.start_timeout_s} s" if code is None else f"ended with code {code}"
-            tail = log_path.read_bytes()[log_start:][-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-            raise GymStartError(f"the embedded Gym {what}; the end of {log_path}:\n{tail or '(empty)'}")
-        return msgspec.json.decode(ready_file.read_bytes())["head_url"]
+        with ReadyFile(run_dir, log_path) as ready:
+            settings = {
+                "environments": self.environments,
+                "policy_url": policy_url,
+                "api_key": api_key,
+                "model": model,
+                "max_steps": self.max_steps,
+                "ready_file": str(ready.path),
+            }
+            self._server = Supervised(
+                [sys.executable, "-P", "-m", "lightning_gym.gym.embedded"],
+                env=_child_environment(msgspec.json.encode(settings).decode()),
+                cwd=Path.cwd(),
+                log_path=log_path,
+                grace_s=_GRACE_S,
+            )
+            try:
+                said = ready.wait(self._server, name="the embedded Gym", timeout_s=self.start_timeout_s)
+            except BaseException:
+                self.close()
+                raise
+        return said["head_url"]
 
     def poll(self) -> int | None:
         """The server's exit code, or ``None`` while it runs or before it was started."""

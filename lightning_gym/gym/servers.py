@@ -16,6 +16,7 @@ import msgspec
 from lightning_gym.errors import ConfigError, GymStartError
 from lightning_gym.gym.head import Head
 from lightning_gym.gym.light_host import API_KEY_VARIABLE, SETTINGS_VARIABLE
+from lightning_gym.gym.ready import ReadyFile
 from lightning_gym.gym.supervisor import Supervised
 
 PYTHON_VARIABLE = "LIGHTNING_GYM_GYM_PYTHON"
@@ -26,7 +27,6 @@ _DEFAULT_PYTHON = ".venv-gym/bin/python"
 _MODEL_SERVERS = "responses_api_models"
 _MODEL_CONFIG = f"{_MODEL_SERVERS}/vllm_model/configs/vllm_model_for_training.yaml"
 _HOST = Path(__file__).with_name("light_host.py")
-_LOG_TAIL_BYTES = 8000
 _LIGHT_GRACE_S = 3.0
 _STOCK_GRACE_S = 16.0
 _ATTACH_TIMEOUT_S = 10.0
@@ -157,49 +157,34 @@ class NemoGym:
         folder = run_dir.absolute() / "nemo_gym"
         folder.mkdir(parents=True, exist_ok=True)
         log_path = run_dir / "nemo_gym.log"
-        ready_file = folder / f"ready.{os.getpid()}.{id(self)}.json"
-        settings = {
-            "config_paths": self.config_paths,
-            "policy_urls": [policy_url],
-            "model": model,
-            "overrides": self.overrides,
-            "max_steps": self.max_steps,
-            "ray": self.ray,
-            "ready_file": str(ready_file),
-        }
-        log_start = log_path.stat().st_size if log_path.exists() else 0
         deadline = time.monotonic() + self.start_timeout_s
-        self._host = Supervised(
-            [str(self.python.absolute()), "-P", str(_HOST)],
-            env=_host_environment(msgspec.json.encode(settings).decode(), api_key),
-            cwd=folder,
-            log_path=log_path,
-            grace_s=_STOCK_GRACE_S if self.ray else _LIGHT_GRACE_S,
-        )
-        try:
-            self._wait_until_ready(ready_file, deadline, log_path, log_start)
-            ready = msgspec.json.decode(ready_file.read_bytes())
-            head = Head(ready["head_url"])
-            head.wait_until_ready(max(1.0, deadline - time.monotonic()))
-            head.check_policy(policy_url=policy_url, api_key=api_key, model=model)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            ready_file.unlink(missing_ok=True)
-        _report_version(ready["version"])
+        with ReadyFile(folder, log_path) as ready:
+            settings = {
+                "config_paths": self.config_paths,
+                "policy_urls": [policy_url],
+                "model": model,
+                "overrides": self.overrides,
+                "max_steps": self.max_steps,
+                "ray": self.ray,
+                "ready_file": str(ready.path),
+            }
+            self._host = Supervised(
+                [str(self.python.absolute()), "-P", str(_HOST)],
+                env=_host_environment(msgspec.json.encode(settings).decode(), api_key),
+                cwd=folder,
+                log_path=log_path,
+                grace_s=_STOCK_GRACE_S if self.ray else _LIGHT_GRACE_S,
+            )
+            try:
+                said = ready.wait(self._host, name="NeMo Gym", timeout_s=self.start_timeout_s)
+                head = Head(said["head_url"])
+                head.wait_until_ready(max(1.0, deadline - time.monotonic()))
+                head.check_policy(policy_url=policy_url, api_key=api_key, model=model)
+            except BaseException:
+                self.close()
+                raise
+        _report_version(said["version"])
         return head.url
-
-    def _wait_until_ready(self, ready_file: Path, deadline: float, log_path: Path, log_start: int) -> None:
-        assert self._host is not None
-        while not ready_file.exists():
-            code = self._host.poll()
-            if code is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-                continue
-            what = f"is not ready after {self.start_timeout_s:g} s" if code is None else f"ended with code {code}"
-            tail = log_path.read_bytes()[log_start:][-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
-            raise GymStartError(f"NeMo Gym {what}; the end of {log_path}:\n{tail or '(empty)'}")
 
     def poll(self) -> int | None:
         """The exit code, or ``None`` while it runs or before it was started; it ends if one of its servers does."""
