@@ -132,7 +132,7 @@ class GymCallback(L.Callback):
             run_dir = run_dir / f"rank_{trainer.global_rank}"
         model_path = self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]
         if self._log_rollouts:
-            self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path)
+            self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=trainer.ckpt_path is not None)
         self.colocation.start(
             model, model_path, self._stream.tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=_ranks(trainer)
         )

@@ -22,15 +22,15 @@ class RolloutLog:
     """Appends rollouts to a file.
 
     Args:
-        path: made with its directories; an existing file of the same run is continued.
+        path: made with its directories.
         model_path: whose tokenizer decodes the ids.
+        resume: continue the file of the run that is resumed; otherwise a file of an earlier run is replaced.
     """
 
-    def __init__(self, path: Path, model_path: Path) -> None:
+    def __init__(self, path: Path, model_path: Path, *, resume: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists() or path.stat().st_size == 0
-        self._file = path.open("ab")
-        if new:
+        self._file = path.open("ab" if resume else "wb")
+        if self._file.tell() == 0:
             self._write({"format": FORMAT, "model": str(model_path)})
 
     def write(

@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     loggers = [instantiate(logger, _convert_="all") for logger in (cfg.logger or {}).values()]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[callback], logger=loggers, _convert_="all")
     start = time.perf_counter()
-    trainer.fit(policy, datamodule=data)
+    trainer.fit(policy, datamodule=data, ckpt_path=cfg.ckpt_path)
     summary = summarize(
         callback.history,
         seed=cfg.seed,

@@ -171,11 +171,20 @@ def test_a_run_continues_its_order_of_tasks_and_its_versions_from_a_checkpoint(m
     first[3].fit(first[0], datamodule=first[2])
     first[3].save_checkpoint(tmp_path / "half.ckpt")
     engine = FakeEngine(max_model_len=96)
-    second = parts(model_dir, tmp_path / "second", engine=engine, trainer={"max_steps": 4})
+    second = parts(model_dir, tmp_path / "first", engine=engine, trainer={"max_steps": 4})
     second[3].fit(second[0], datamodule=second[2], ckpt_path=tmp_path / "half.ckpt")
     assert [event for event in engine.events if event.startswith("update")] == ["update:2", "update:3"]
     for a, b in zip(second[0].model.parameters(), whole[0].model.parameters(), strict=True):
         assert torch.equal(a, b)
+    _, lines = read_rollout_log(tmp_path / "first" / "rollouts.jsonl")
+    assert [line["step"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, "a resumed run continues the log"
+
+
+def test_a_new_run_replaces_the_log_of_an_earlier_one(model_dir, tmp_path):
+    for _ in range(2):
+        fit(model_dir, tmp_path, trainer={"max_steps": 1})
+    _, lines = read_rollout_log(tmp_path / "rollouts.jsonl")
+    assert len(list(lines)) == 4
 
 
 # Bad input: each mistake is named, with its remedy, before a rollout is paid for.

@@ -28,8 +28,8 @@ def rollout(rollout_id="a", **changes):
     return Rollout(**values | changes)
 
 
-def written(path, *collections):
-    log = RolloutLog(path, path.parent / "model")
+def written(path, *collections, resume=False):
+    log = RolloutLog(path, path.parent / "model", resume=resume)
     for arguments in collections:
         log.write(*arguments)
     log.close()
@@ -73,10 +73,10 @@ def test_a_failed_rollout_is_written_with_its_cause_and_no_advantage(tmp_path):
     assert (line["reward"], line["advantage"], line["segments"]) == (None, None, [])
 
 
-def test_directories_are_made_and_a_log_goes_on_where_it_stopped(tmp_path):
+def test_directories_are_made_and_a_resumed_log_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "run" / "deep" / "log.jsonl"
-    written(path, (0, [rollout("a")], {}, {}))
-    _, lines = written(path, (1, [rollout("b"), rollout("c")], {}, {}))
+    written(path, (0, [rollout("a")], {}, {}), resume=True)
+    _, lines = written(path, (1, [rollout("b"), rollout("c")], {}, {}), resume=True)
     assert [(line["step"], line["rollout_id"]) for line in lines] == [(0, "a"), (1, "b"), (1, "c")]
     assert sum("format" in json.loads(line) for line in path.read_text().splitlines()) == 1
 
