@@ -64,6 +64,9 @@ def _train(arguments: list[str]) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from lightning_gym.offline import stay_quiet
+
+    stay_quiet(arguments.model)
     from lightning_gym.serve import serve
 
     serve(

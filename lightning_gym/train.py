@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from lightning_gym.callback import GymCallback
 from lightning_gym.errors import ConfigError, GymStartError
+from lightning_gym.offline import stay_quiet
 from lightning_gym.report import plot_reward, summarize, summary_line
 
 
@@ -28,6 +29,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: a setting, a dataset row or a model directory is not usable.
     """
     _log_to_terminal()
+    stay_quiet(str(cfg.policy.model))
     output_dir = Path(cfg.output_dir)
     reward_predicted = _reward_predicted(cfg.warm_start)
     L.seed_everything(cfg.seed, workers=True, verbose=False)

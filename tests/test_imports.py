@@ -20,6 +20,7 @@ HEAVY = {"accelerate", "lightning", "torch", "uvicorn", "vllm"}
 ORDER = [
     "gym.light_host",
     "errors",
+    "offline",
     "ranks",
     "rollout",
     "metrics",
