@@ -2,7 +2,7 @@
 
 A failed rollout is retried when its kind says that another try could end differently, and is otherwise recorded and
 left out. Too many failures stop the run with the innermost cause: training on the few that got through would be
-training on something else.
+training on something else. A group is handed on as soon as its last attempt is over.
 """
 
 import asyncio
@@ -10,14 +10,17 @@ import collections
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lightning_gym.errors import CollectionError
+from lightning_gym.collection import Collection
+from lightning_gym.errors import CollectionError, ConfigError
 from lightning_gym.gym import wire
 from lightning_gym.gym.client import GymClient
 from lightning_gym.policy.ledger import Entry, Ledger, Profile
-from lightning_gym.rollout import Call, Failure, FailureKind, Rollout, SamplingProfile
+from lightning_gym.progress import Progress
+from lightning_gym.reconcile import finished
+from lightning_gym.rollout import Failure, FailureKind, Rollout, SamplingProfile
 from lightning_gym.tasks import DealtTask
 
 _log = logging.getLogger(__name__)
@@ -25,39 +28,48 @@ _WORTH_ANOTHER_TRY = frozenset((FailureKind.INFRA,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collection:
-    """Every rollout of one collection, failed ones included."""
+class Stragglers:
+    """When not to wait for the last attempts of a group.
 
-    rollouts: list[Rollout]
-    """Group by group, attempts in order."""
-    seconds: float
+    Once all but `max_frac` of a group's attempts are over, each of the others may take `factor` times as long as the
+    slowest of those; then it is cut, as a failure that does not count against ``max_failed_frac``. Long answers are
+    cut more often than short ones, so what is learned leans towards short ones.
 
-    @property
-    def survivors(self) -> list[Rollout]:
-        """Rollouts to train on: those of groups in which at least two attempts came through."""
-        alive = [rollout for rollout in self.rollouts if rollout.failure is None]
-        counts = collections.Counter(rollout.group_id for rollout in alive)
-        return [rollout for rollout in alive if counts[rollout.group_id] > 1]
+    Example: of 8 attempts 6 are over, the slowest after 30 s; the other two are cut when they have taken 60 s::
 
-    @property
-    def failures(self) -> collections.Counter[FailureKind]:
-        """How many rollouts failed, by kind."""
-        return collections.Counter(rollout.failure.kind for rollout in self.rollouts if rollout.failure)
+        Stragglers(max_frac=0.25, factor=2.0)
+    """
+
+    max_frac: float = 0.25
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_frac < 1 or self.factor < 1:
+            raise ConfigError(
+                f"expected a max_frac between 0 and 1 and a factor of at least 1, got {self.max_frac} and {self.factor}"
+            )
 
 
 @dataclass(slots=True)
-class _Progress:
-    total: int
-    start: float = field(default_factory=time.perf_counter)
-    rewards: list[float] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+class _Group:
+    """The attempts at one task while they are played."""
 
-    def line(self) -> str:
-        done = len(self.rewards) + len(self.failures)
-        mean = f"{sum(self.rewards) / len(self.rewards):.3f}" if self.rewards else "none yet"
-        seconds = time.perf_counter() - self.start
-        failed = len(self.failures)
-        return f"collecting: {done}/{self.total} rollouts after {seconds:.0f} s, {failed} failed, reward {mean}"
+    size: int
+    limits: dict[int, asyncio.Timeout] = field(default_factory=dict[int, asyncio.Timeout])
+    """Of the attempts that are not over."""
+    ids: dict[int, str] = field(default_factory=dict[int, str])
+    """The rollout id of each attempt's latest try."""
+    over: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
+
+    @property
+    def played(self) -> list[Rollout]:
+        """Those that are over and did not fail."""
+        return [rollout for rollout in self.over.values() if rollout.failure is None]
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds that the slowest of those took."""
+        return max(rollout.seconds for rollout in self.played)
 
 
 class Collector:
@@ -70,7 +82,8 @@ class Collector:
         seed: of the run; sampling seeds are a function of it, the group, and the attempt.
         retries: further tries for a rollout that failed for reasons outside of it.
         max_failed_frac: above this fraction of failed rollouts the collection is given up.
-        heartbeat_s: a line of progress is logged this often.
+        heartbeat_s: how far the collection is, and who waits for whom, is logged this often.
+        stragglers: ``None`` waits for every attempt until it is over or timed out.
     """
 
     def __init__(
@@ -84,6 +97,7 @@ class Collector:
         retries: int = 2,
         max_failed_frac: float = 0.25,
         heartbeat_s: float = 10.0,
+        stragglers: Stragglers | None = None,
     ) -> None:
         self._client = client
         self._ledger = ledger
@@ -93,62 +107,129 @@ class Collector:
         self._retries = retries
         self._max_failed_frac = max_failed_frac
         self._heartbeat_s = heartbeat_s
+        self._stragglers = stragglers
+        self._playing: dict[str, tuple[str, Entry]] = {}
+        """Agent and ledger page of every rollout that has begun and is not over."""
 
     async def collect(
-        self, dealt: Sequence[DealtTask], *, group_size: int, profile_name: Profile, profile: SamplingProfile
+        self,
+        dealt: Sequence[DealtTask],
+        *,
+        group_size: int,
+        profile_name: Profile,
+        profile: SamplingProfile,
+        on_group: Callable[[list[Rollout]], None] | None = None,
     ) -> Collection:
         """Play `group_size` attempts at every task.
+
+        Args:
+            dealt: the tasks.
+            group_size: attempts at each.
+            profile_name: which profile the endpoint holds the rollouts to.
+            profile: the same, for Gym.
+            on_group: is given each group as soon as its last attempt is over, attempts in order; it has to be quick.
 
         Raises:
             CollectionError: more than `max_failed_frac` of the rollouts failed.
         """
-        progress = _Progress(total=len(dealt) * group_size)
+        progress = Progress(total=len(dealt) * group_size)
         heartbeat = asyncio.create_task(self._heartbeat(progress))
+        groups = [_Group(size=group_size) for _ in dealt]
 
-        async def attempt(task: DealtTask, number: int) -> Rollout:
-            rollout = await self._attempt(task, number, profile_name, profile)
+        async def attempt(task: DealtTask, group: _Group, number: int) -> None:
+            rollout = await self._attempt(task, group, number, profile_name, profile)
             self._count(rollout, progress)
-            return rollout
+            if on_group is not None and len(group.over) == group_size:
+                on_group([group.over[number] for number in range(group_size)])
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(attempt(task, number)) for task in dealt for number in range(group_size)]
-        except* CollectionError as group:
-            raise group.exceptions[0] from None
+                for task, group in zip(dealt, groups, strict=True):
+                    for number in range(group_size):
+                        tasks.create_task(attempt(task, group, number))
+        except* CollectionError as errors:
+            raise errors.exceptions[0] from None
         finally:
             heartbeat.cancel()
-        rollouts = [task.result() for task in running]
+        rollouts = [group.over[number] for group in groups for number in range(group_size)]
         return Collection(rollouts=rollouts, seconds=time.perf_counter() - progress.start)
 
-    def _count(self, rollout: Rollout, progress: _Progress) -> None:
-        if rollout.failure is None:
-            progress.rewards.append(rollout.reward or 0.0)
-            return
-        progress.failures.append(rollout.failure)
+    def _count(self, rollout: Rollout, progress: Progress) -> None:
+        progress.add(rollout)
         if len(progress.failures) > self._max_failed_frac * progress.total:
-            kinds = collections.Counter(failure.kind.value for failure in progress.failures)
-            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             raise CollectionError(
-                f"{len(progress.failures)} of {progress.total} rollouts failed ({counts}), more than "
-                f"max_failed_frac={self._max_failed_frac:g} allows; the last one: {rollout.failure.message}"
+                f"{len(progress.failures)} of {progress.total} rollouts failed ({progress.kinds()}), more than "
+                f"max_failed_frac={self._max_failed_frac:g} allows; {progress.cause()}"
             )
 
-    async def _heartbeat(self, progress: _Progress) -> None:
+    async def _heartbeat(self, progress: Progress) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             _log.info(progress.line())
+            if self._playing:
+                _log.info(self._waiting_line())
 
-    async def _attempt(self, dealt: DealtTask, number: int, profile_name: Profile, profile: SamplingProfile) -> Rollout:
+    def _waiting_line(self) -> str:
+        """Who waits for whom, and the rollout that has been on its way for longest."""
+        for_whom = {rollout_id: self._waits_for(rollout_id) for rollout_id in self._playing}
+        counts = ", ".join(f"{n} for {whom}" for whom, n in collections.Counter(for_whom.values()).most_common())
+        line = f"{len(self._playing)} rollouts wait: {counts}"
+        sent = self._client.in_flight
+        if not sent:
+            return line
+        oldest = min(sent, key=sent.__getitem__)
+        age, num_served = time.perf_counter() - sent[oldest], len(self._playing[oldest][1].served)
+        return f"{line}; the oldest is {oldest}, {age:.0f} s, {num_served} calls served, waits for {for_whom[oldest]}"
+
+    def _waits_for(self, rollout_id: str) -> str:
+        agent, entry = self._playing[rollout_id]
+        if rollout_id not in self._client.in_flight:
+            return "a free slot"
+        return "the policy" if entry.calls_started > len(entry.served) else f"agent {agent}"
+
+    async def _attempt(
+        self, dealt: DealtTask, group: _Group, number: int, profile_name: Profile, profile: SamplingProfile
+    ) -> Rollout:
+        """One attempt to its end, which may be that nobody waits for it any longer."""
+        try:
+            async with asyncio.timeout(None) as group.limits[number]:
+                rollout = await self._play(dealt, group, number, profile_name, profile)
+        except TimeoutError:
+            if not group.limits[number].expired():
+                raise
+            message = f"cut: the others of its group took at most {group.slowest_s:.1f} s"
+            failure = Failure(kind=FailureKind.STRAGGLER, message=message)
+            rollout = _rollout(group.ids[number], dealt, number, failure, 0.0, None)
+        del group.limits[number]
+        group.over[number] = rollout
+        if self._stragglers is not None and len(group.played) >= (1 - self._stragglers.max_frac) * group.size:
+            self._limit(group, self._stragglers.factor * group.slowest_s)
+        return rollout
+
+    def _limit(self, group: _Group, seconds: float) -> None:
+        """Cut what is left of a group when it has taken `seconds`."""
+        loop, clock = asyncio.get_running_loop(), time.perf_counter()
+        for number, limit in group.limits.items():
+            if limit.when() is None:
+                age = clock - self._client.in_flight.get(group.ids.get(number, ""), clock)
+                limit.reschedule(loop.time() + max(0.0, seconds - age))
+
+    async def _play(
+        self, dealt: DealtTask, group: _Group, number: int, profile_name: Profile, profile: SamplingProfile
+    ) -> Rollout:
+        """One attempt, tried again where another try could end differently."""
         seed = rollout_seed(self._seed, dealt.group_id, number)
         again = 0
         while True:
             rollout_id = f"{self._run_id}.{self._rank}.{profile_name}.{dealt.group_id}.{number}.{again}"
-            self._ledger.open(rollout_id, profile=profile_name, seed=seed)
+            group.ids[number] = rollout_id
+            entry = self._ledger.open(rollout_id, profile=profile_name, seed=seed)
+            self._playing[rollout_id] = (dealt.task.agent, entry)
             try:
                 played, seconds = await self._client.run(dealt.task.agent, dealt.task.row, rollout_id, profile, seed)
             finally:
-                entry = self._ledger.close(rollout_id)
-            assert entry is not None
+                del self._playing[rollout_id]
+                self._ledger.close(rollout_id)
             rollout = _rollout(rollout_id, dealt, number, played, seconds, entry)
             failure = rollout.failure
             if failure is None or failure.kind not in _WORTH_ANOTHER_TRY or again == self._retries:
@@ -158,7 +239,7 @@ class Collector:
 
 
 def _rollout(
-    rollout_id: str, dealt: DealtTask, number: int, played: wire.Played | Failure, seconds: float, entry: Entry
+    rollout_id: str, dealt: DealtTask, number: int, played: wire.Played | Failure, seconds: float, entry: Entry | None
 ) -> Rollout:
     base = Rollout(
         rollout_id=rollout_id,
@@ -167,47 +248,11 @@ def _rollout(
         attempt=number,
         agent=dealt.task.agent,
         seconds=seconds,
-        breaks=tuple(entry.breaks),
+        breaks=tuple(entry.breaks) if entry else (),
     )
-    if isinstance(played, Failure):
+    if isinstance(played, Failure) or entry is None:
         return replace(base, failure=played)
-    calls = reconcile(entry, played.bundles)
-    if isinstance(calls, Failure):
-        return replace(base, failure=calls, output=played.output, prompt=played.prompt)
-    return replace(
-        base,
-        reward=played.reward,
-        calls=calls,
-        output=played.output,
-        prompt=played.prompt,
-        truncated=played.truncated or calls[-1].finish_reason == "length",
-        metrics=played.metrics,
-    )
-
-
-def reconcile(entry: Entry, bundles: Sequence[wire.Bundle]) -> list[Call] | Failure:
-    """The served calls that came back, in order; a `Failure` if something came back that was not served.
-
-    Calls that were served but did not come back (an answer lost on the way and asked for again) are left out.
-    """
-    if not bundles:
-        message = f"the rollout came back without token ids ({len(entry.served)} calls were served)"
-        return Failure(kind=FailureKind.NO_TOKEN_IDS, message=message)
-    calls: list[Call] = []
-    waiting = iter(entry.served)
-    for position, bundle in enumerate(bundles):
-        for served in waiting:
-            call = served.call
-            if call.token_ids == bundle.token_ids and call.prompt_ids == bundle.prompt_ids:
-                calls.append(call)
-                break
-        else:
-            message = (
-                f"call {position} came back with {len(bundle.prompt_ids)} prompt ids and {len(bundle.token_ids)} "
-                f"sampled ids that were not served to this rollout, or not in this order; {len(entry.served)} served"
-            )
-            return Failure(kind=FailureKind.MISALIGNED, message=message)
-    return calls
+    return finished(base, played, entry)
 
 
 def rollout_seed(run_seed: int, group_id: int, attempt: int) -> int:

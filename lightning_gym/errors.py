@@ -11,9 +11,11 @@
     ├── EngineError (RuntimeError)      the colocated engine
     │   ├── EngineStartError            it could not be built
     │   ├── EngineDeadError             it died while running; every waiting request gets this
+    │   ├── RequestAbortedError         a pause ended a request that was running; asked again, it waits for its turn
     │   ├── PromptTooLongError          a prompt leaves no room for a token; the endpoint's one overflow reply
     │   └── WeightSyncError             weights could not be handed over, or the check afterwards disagreed
     ├── AlignmentError (ValueError)     two things that must agree token for token do not
+    ├── NotFiniteError (ArithmeticError) a loss is NaN or infinite
     └── StalePolicyError (RuntimeError) a token to be trained on was sampled from other weights than allowed
 
 A failed *rollout* is not an exception but data: see `lightning_gym.rollout.Failure`.
@@ -59,6 +61,10 @@ class EngineDeadError(EngineError):
     """The engine stopped working; the cause is chained."""
 
 
+class RequestAbortedError(EngineError):
+    """The engine was paused while the request was running or queued."""
+
+
 class PromptTooLongError(EngineError):
     """The prompt leaves no room in the context window for a single new token."""
 
@@ -69,6 +75,10 @@ class WeightSyncError(EngineError):
 
 class AlignmentError(LightningGymError, ValueError):
     """Token ids, log-probabilities or masks that must agree do not."""
+
+
+class NotFiniteError(LightningGymError, ArithmeticError):
+    """A loss came out as NaN or infinite; nothing is trained on it."""
 
 
 class StalePolicyError(LightningGymError, RuntimeError):

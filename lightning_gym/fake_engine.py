@@ -1,10 +1,10 @@
 """FakeEngine: the Hugging Face model itself as an engine."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_gym.errors import EngineDeadError, EngineError, EngineStartError, WeightSyncError
+from lightning_gym.errors import EngineDeadError, EngineError, EngineStartError, RequestAbortedError, WeightSyncError
 from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class FakeEngine:
         except Exception as error:
             raise EngineStartError(f"the fake engine could not load {model.path}: {error}") from error
         self._model.requires_grad_(False)
+        _fuse(self._model)
         self._thread = threading.Thread(target=self._work, name="lightning-gym-fake-engine", daemon=True)
         self._thread.start()
 
@@ -94,7 +95,9 @@ class FakeEngine:
         self.events.append("pause")
         self._set(running=False)
         with self._wake:
-            self._waiting.clear()
+            waiting, self._waiting = self._waiting, {}
+        for _, _, deliver in waiting.values():
+            deliver(RequestAbortedError("the engine was paused"))
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         import torch
@@ -105,6 +108,12 @@ class FakeEngine:
 
     def weight_views(self) -> "Mapping[str, torch.Tensor]":
         return {name: parameter.data for name, parameter in self._model.named_parameters()}
+
+    def load_weights(self, weights: "Iterable[tuple[str, torch.Tensor]]") -> None:
+        try:
+            self._model.load_state_dict(dict(weights))
+        except RuntimeError as error:
+            raise WeightSyncError(f"the fake engine could not load these weights: {error}") from error
 
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:
         if self._running:
@@ -178,3 +187,22 @@ class FakeEngine:
             finish_reason="stop" if stopped else "length",
             weight_version=self._version,
         )
+
+
+def _fuse(model: Any) -> None:
+    """Lay the weights out as vLLM does: q, k, v and gate, up end to end, the vocabulary padded to a multiple of 64."""
+    import torch
+
+    def join(parameters: Sequence[Any], padding: int = 0) -> None:
+        rows = [len(parameter) for parameter in parameters]
+        fused = torch.zeros((sum(rows) + padding, *parameters[0].shape[1:]), dtype=parameters[0].dtype)
+        for parameter, part in zip(parameters, fused.split([*rows, padding] if padding else rows), strict=False):
+            part.copy_(parameter)
+            parameter.data = part
+
+    for module in model.modules():
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if all(hasattr(module, name) for name in names):
+                join([getattr(module, name).weight for name in names])
+    for parameter in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        join([parameter], padding=-len(parameter) % 64)

@@ -148,10 +148,7 @@ def rollout_text(described: Mapping[str, Any]) -> str:
     ]
     if described["failure"]:
         head.append(f"  FAILED {described['failure']['kind']}: {described['failure']['message']}")
-    head += [
-        f"  call {found['call_index']} opened a new segment ({found['kind']}): {found['detail']}"
-        for found in described["breaks"]
-    ]
+    head += [line for found in described["breaks"] for line in _break_lines(found)]
     body: list[str] = []
     for index, segment in enumerate(described["segments"]):
         body.append(f"  segment {index}, weights of step {segment['weight_version']}")
@@ -162,6 +159,16 @@ def rollout_text(described: Mapping[str, Any]) -> str:
             if span["trained"]:
                 body.append(f"      logprobs {[round(value, 3) for value in span['logprobs']]}")
     return "\n".join([*head, *body])
+
+
+def _break_lines(found: Mapping[str, Any]) -> list[str]:
+    """A splice break: what happened, probably why, and the tokens of both sides where they part."""
+    likely = f", likely: {found['likely_rule']}" if found.get("likely_rule") else ""
+    lines = [f"  call {found['call_index']} opened a new segment ({found['kind']}{likely}): {found['detail']}"]
+    if found.get("token_offset") is not None:
+        sides = (json.dumps(found[side], ensure_ascii=False) for side in ("expected_text", "got_text"))
+        lines.append("    from token {} on: was {}, is {}".format(found["token_offset"], *sides))
+    return lines
 
 
 def _number(value: float | None) -> str:

@@ -11,12 +11,23 @@ from lightning_gym.errors import ConfigError
 from lightning_gym.policy.endpoint import Endpoint
 from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger
+from lightning_gym.policy.parsers import BUILTIN
+from lightning_gym.policy.service import PolicyService
 from lightning_gym.policy.vllm_engine import VLLMEngine
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.weights import checkpoint_weights
 
 
-def serve(model: Path, *, port: int, api_key: str | None, max_model_len: int, dtype: str) -> None:
+def serve(
+    model: Path,
+    *,
+    port: int,
+    api_key: str | None,
+    max_model_len: int,
+    dtype: str,
+    tool_parser: str | None = BUILTIN,
+    reasoning_parser: str | None = BUILTIN,
+) -> None:
     """Serve until SIGINT or SIGTERM; prints the address and the token when ready.
 
     Raises:
@@ -26,9 +37,15 @@ def serve(model: Path, *, port: int, api_key: str | None, max_model_len: int, dt
         raise ConfigError(f"{model} has no config.json; expected the directory of a transformers model")
     engine = VLLMEngine(max_model_len=max_model_len)
     profile = SamplingProfile()
-    endpoint = Endpoint(
-        engine, model, Ledger(), profiles={"train": profile, "eval": profile}, port=port, api_key=api_key
+    service = PolicyService(
+        engine,
+        model,
+        Ledger(),
+        {"train": profile, "eval": profile},
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
     )
+    endpoint = Endpoint(service, port=port, api_key=api_key)
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))

@@ -5,9 +5,11 @@ Rows are JSONL as Gym's dataset collation writes them: ``responses_create_params
 """
 
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -128,29 +130,102 @@ class TaskCursor:
         tasks: what is dealt.
         seed: of the permutations.
         shuffle: deal in file order if ``False``.
+        agent_weights: how often tasks of each agent are dealt relative to the others', whatever their number; an
+            agent that is not named is not dealt. ``None``: every task comes once a pass.
+
+    Raises:
+        ConfigError: a weight is not a positive number, or is for an agent without tasks.
 
     Example: three tasks dealt two at a time make groups ``0 1 | 2 3 | ...``; group 3 is the first of the second pass.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int = 0, shuffle: bool = True) -> None:
-        self._tasks = tasks
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        agent_weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._seed = seed
         self._shuffle = shuffle
+        if agent_weights is None:
+            self._decks: dict[str, Sequence[Task]] = {"": tasks}
+        else:
+            _check_agent_weights(agent_weights, tasks)
+            self._decks = {agent: [t for t in tasks if t.agent == agent] for agent in sorted(agent_weights)}
+        self._weights = agent_weights or {"": 1.0}
+        self._orders: dict[str, tuple[int, list[int]]] = {}
         self.position = 0
         """Tasks dealt so far in the run; the one number that resume needs."""
 
     def peek(self, count: int) -> list[DealtTask]:
         """The next `count` tasks, without moving on."""
         positions = range(self.position, self.position + count)
-        return [DealtTask(group_id=position, task=self._at(position)) for position in positions]
+        turns = blend_turns(self._weights, self.position, count)
+        return [
+            DealtTask(group_id=position, task=self._at(deck, turn))
+            for position, (deck, turn) in zip(positions, turns, strict=True)
+        ]
 
-    def _at(self, position: int) -> Task:
-        epoch, offset = divmod(position, len(self._tasks))
+    def _at(self, deck: str, turn: int) -> Task:
+        tasks = self._decks[deck]
+        epoch, offset = divmod(turn, len(tasks))
         if not self._shuffle:
-            return self._tasks[offset]
-        order = list(range(len(self._tasks)))
-        random.Random(f"{self._seed}-{epoch}").shuffle(order)
-        return self._tasks[order[offset]]
+            return tasks[offset]
+        return tasks[self._order(deck, epoch)[offset]]
+
+    def _order(self, deck: str, epoch: int) -> list[int]:
+        """The deck's permutation of a pass; the latest one is kept, for datasets of many rows."""
+        known = self._orders.get(deck)
+        if known is None or known[0] != epoch:
+            order = list(range(len(self._decks[deck])))
+            random.Random(f"{self._seed}-{epoch}-{deck}").shuffle(order)
+            known = self._orders[deck] = (epoch, order)
+        return known[1]
+
+
+def blend_turns(weights: Mapping[str, float], start: int, count: int) -> list[tuple[str, int]]:
+    """Whose turn it is at positions ``start .. start + count - 1``, and which of its turns that is.
+
+    A name of weight w (of a sum of 1) has its turn i at time (i + 1/2) / w, and turns are ordered by time: after any n
+    positions it has had w n turns to within half the number of names, without randomness. Any position is found
+    without dealing those before it.
+
+    Example: one task of ``math`` for every two of ``tools``.
+
+        >>> [name for name, _ in blend_turns({"math": 1, "tools": 2}, 0, 6)]
+        ['tools', 'math', 'tools', 'tools', 'math', 'tools']
+        >>> blend_turns({"math": 1, "tools": 2}, 4, 2)
+        [('math', 1), ('tools', 3)]
+    """
+    exact = {name: Fraction(weight) for name, weight in sorted(weights.items())}
+    total = sum(exact.values())
+    # By time t a name has had floor(w t + 1/2) turns: t is chosen so early that these are at most `start` in all.
+    time = max(0, start - len(exact))
+    had = {name: math.floor(weight / total * time + Fraction(1, 2)) for name, weight in exact.items()}
+    turns: list[tuple[str, int]] = []
+    dealt = sum(had.values())
+    while dealt < start + count:
+        name = min(exact, key=lambda name: (had[name] + Fraction(1, 2)) / exact[name])
+        if dealt >= start:
+            turns.append((name, had[name]))
+        had[name] += 1
+        dealt += 1
+    return turns
+
+
+def _check_agent_weights(weights: Mapping[str, float], tasks: Sequence[Task]) -> None:
+    agents = {task.agent for task in tasks}
+    for agent, weight in weights.items():
+        if agent not in agents:
+            raise ConfigError(
+                f"a weight is given for agent {agent!r}, but the tasks are for {', '.join(sorted(agents))}"
+            )
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"the weight of agent {agent!r} is {weight}; expected a positive number, or leave it out")
+    if not weights:
+        raise ConfigError("agent_weights is empty, so no task would be dealt; name at least one agent, or pass None")
 
 
 def shard(dealt: Sequence[DealtTask], rank: int, num_ranks: int) -> list[DealtTask]:

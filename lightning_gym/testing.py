@@ -8,7 +8,7 @@ Importing this package imports no torch; the functions that need it import it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gym.fake_engine import FakeEngine
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
     from lightning_gym.batch import TrajectoryBatch
+    from lightning_gym.outcome import Outcome
     from lightning_gym.trajectory import Trajectory
 
 __all__ = [
     "CHAT_TEMPLATE",
     "FakeEngine",
     "FakeGym",
+    "packed_batch",
     "tiny_batch",
     "tiny_model",
+    "tiny_outcome",
     "tiny_tokenizer",
     "tiny_trajectory",
 ]
@@ -199,6 +202,35 @@ def tiny_trajectory(
     )
 
 
+def tiny_outcome(
+    *, group_id: int = 0, attempt: int = 0, reward: float | None = 1.0, sampled_tokens: int = 2, **changes: object
+) -> "Outcome":
+    """An attempt that took one call, named ``"group.attempt"``; it failed if `reward` is ``None``."""
+    from dataclasses import replace
+    from typing import Any, cast
+
+    from lightning_gym.outcome import Outcome
+
+    outcome = Outcome(
+        rollout_id=f"{group_id}.{attempt}",
+        group_id=group_id,
+        agent="agent",
+        reward=reward,
+        components={},
+        sampled_tokens=sampled_tokens,
+        sampled_logprobs=-0.5 * sampled_tokens,
+        num_calls=1,
+        num_segments=1,
+        num_breaks=0,
+        truncated=False,
+        masked=False,
+        seconds=1.0,
+        failure="infra" if reward is None else None,
+        misalignment=None,
+    )
+    return replace(outcome, **cast("dict[str, Any]", changes))
+
+
 def tiny_batch(*, advantage: float = 1.0, weight: float = 1.0, old_logprob: float | None = None) -> "TrajectoryBatch":
     """A batch of two tokens of which the second trains, for worked examples of losses."""
     import torch
@@ -218,4 +250,54 @@ def tiny_batch(*, advantage: float = 1.0, weight: float = 1.0, old_logprob: floa
         weight_versions=torch.tensor([[-1, 0]]),
         sequence_lengths=(2,),
         old_logprobs=None if old_logprob is None else second(old_logprob),
+    )
+
+
+def packed_batch(
+    *,
+    mask: "Sequence[Sequence[bool]]",
+    advantages: "Sequence[Sequence[float]] | None" = None,
+    weights: "Sequence[Sequence[float]] | None" = None,
+    rollout_logprobs: "Sequence[Sequence[float]] | None" = None,
+    old_logprobs: "Sequence[Sequence[float]] | None" = None,
+    ref_logprobs: "Sequence[Sequence[float]] | None" = None,
+    dtype: "torch.dtype | None" = None,
+) -> "TrajectoryBatch":
+    """A packed batch from values written down sequence by sequence, for worked examples and tests of losses.
+
+    Args:
+        mask: one list a sequence, one entry a token; the first of a sequence should be false.
+        advantages: like `mask`; 0 if ``None``.
+        weights: like `mask`; the mean over trained tokens if ``None``.
+        rollout_logprobs: like `mask`; 0 if ``None``.
+        old_logprobs: like `mask`, or ``None`` for none.
+        ref_logprobs: like `mask`, or ``None`` for none.
+        dtype: of the floating-point fields; float32 if ``None``.
+
+    Example:
+        >>> packed_batch(mask=[[False, True], [False, True, True]]).position_ids.tolist()
+        [[0, 1, 0, 1, 2]]
+    """
+    import torch
+
+    from lightning_gym.batch import TrajectoryBatch
+
+    def row(values: "Sequence[Sequence[float]]") -> "torch.Tensor":
+        return torch.tensor([[value for sequence in values for value in sequence]], dtype=dtype or torch.float32)
+
+    lengths = tuple(len(sequence) for sequence in mask)
+    trains = row(mask).bool()
+    zeros = torch.zeros_like(row(mask))
+    mean = trains / trains.sum().clamp(min=1)
+    return TrajectoryBatch(
+        input_ids=torch.arange(trains.shape[1])[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        loss_mask=trains,
+        rollout_logprobs=zeros if rollout_logprobs is None else row(rollout_logprobs),
+        advantages=zeros if advantages is None else row(advantages),
+        loss_weight=mean.to(zeros.dtype) if weights is None else row(weights),
+        weight_versions=torch.where(trains, 0, -1),
+        sequence_lengths=lengths,
+        old_logprobs=None if old_logprobs is None else row(old_logprobs),
+        ref_logprobs=None if ref_logprobs is None else row(ref_logprobs),
     )

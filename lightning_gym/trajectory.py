@@ -1,12 +1,13 @@
 """Trajectory: a rollout as flat arrays, one per segment.
 
-Calls are chained while each prompt starts with everything before it, exactly; where one does not, a new segment
-begins. Nothing is repaired: what does not line up is refused, and the message says where.
+Calls are chained where a prompt starts with everything that an earlier call was fed and sampled, exactly; where it
+starts with no call's, a new segment begins. Nothing is repaired: what does not line up is refused, and the message
+says where.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import pack_into
 
 import numpy as np
 import numpy.typing as npt
@@ -53,37 +54,38 @@ class Trajectory:
 
 
 def trajectories(rollout: Rollout) -> list[Trajectory]:
-    """Chain the calls of a rollout into segments.
+    """Chain the calls of a rollout into segments, in the order their first calls were served.
+
+    A call joins the segment whose tokens are the longest beginning of its prompt, and opens one where there is none.
+    So conversations of sub-agents may be interleaved. Where several calls continue the same one, the first joins it;
+    for the others the shared history is prompt, and every sampled token trains exactly once.
 
     Raises:
         AlignmentError: a call has no tokens, a count that differs between ids and logprobs, or a logprob that is not
             a finite number of at most zero.
     """
     segments: list[list[Call]] = []
-    seen: list[int] = []
     for call in rollout.calls:
-        _check(call, rollout)
-        prompt = list(call.prompt_ids)
-        if not segments or len(prompt) < len(seen) or prompt[: len(seen)] != seen:
-            segments.append([])
-        segments[-1].append(call)
-        seen = [*prompt, *call.token_ids]
+        _check_counts(call, rollout)
+        continued = [segment for segment in segments if call.continues(segment[-1])]
+        if continued:
+            max(continued, key=lambda segment: segment[-1].num_tokens).append(call)
+        else:
+            segments.append([call])
     return [_segment(rollout, index, calls) for index, calls in enumerate(segments)]
 
 
 def _segment(rollout: Rollout, index: int, calls: Sequence[Call]) -> Trajectory:
     last = calls[-1]
-    length = len(last.prompt_ids) + len(last.token_ids)
-    token_ids = np.empty(length, dtype=np.int64)
-    token_ids[: len(last.prompt_ids)] = last.prompt_ids
-    token_ids[len(last.prompt_ids) :] = last.token_ids
-    loss_mask = np.zeros(length, dtype=np.bool_)
-    logprobs = np.zeros(length, dtype=np.float32)
-    versions = np.full(length, -1, dtype=np.int64)
+    token_ids = np.empty(last.num_tokens, dtype=np.int64)
+    pack_into(f"{last.num_tokens}q", token_ids.data, 0, *last.prompt_ids, *last.token_ids)
+    loss_mask = np.zeros(len(token_ids), dtype=np.bool_)
+    logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    versions = np.full(len(token_ids), -1, dtype=np.int64)
     for call in calls:
-        span = slice(len(call.prompt_ids), len(call.prompt_ids) + len(call.token_ids))
+        span = slice(len(call.prompt_ids), call.num_tokens)
         loss_mask[span] = True
-        logprobs[span] = call.logprobs
+        logprobs[span] = _checked_logprobs(call, rollout)
         versions[span] = call.weight_version
     return Trajectory(
         rollout_id=rollout.rollout_id,
@@ -96,16 +98,30 @@ def _segment(rollout: Rollout, index: int, calls: Sequence[Call]) -> Trajectory:
     )
 
 
-def _check(call: Call, rollout: Rollout) -> None:
-    where = f"rollout {rollout.rollout_id} (task {rollout.task_index}, attempt {rollout.attempt}), call {call.index}"
+def _check_counts(call: Call, rollout: Rollout) -> None:
     if not call.prompt_ids or not call.token_ids:
         raise AlignmentError(
-            f"{where}: {len(call.prompt_ids)} prompt ids and {len(call.token_ids)} sampled ids; expected some of each"
+            f"{_where(call, rollout)}: {len(call.prompt_ids)} prompt ids and {len(call.token_ids)} sampled ids; "
+            "expected some of each"
         )
     if len(call.token_ids) != len(call.logprobs):
-        raise AlignmentError(f"{where}: {len(call.token_ids)} sampled ids but {len(call.logprobs)} logprobs")
-    for position, logprob in enumerate(call.logprobs):
-        if not math.isfinite(logprob) or logprob > _LOGPROB_SLACK:
-            raise AlignmentError(
-                f"{where}: logprob of sampled token {position} is {logprob}; expected a finite number of at most 0"
-            )
+        raise AlignmentError(
+            f"{_where(call, rollout)}: {len(call.token_ids)} sampled ids but {len(call.logprobs)} logprobs"
+        )
+
+
+def _checked_logprobs(call: Call, rollout: Rollout) -> npt.NDArray[np.float64]:
+    logprobs = np.empty(len(call.logprobs), dtype=np.float64)
+    pack_into(f"{len(call.logprobs)}d", logprobs.data, 0, *call.logprobs)  # a third of the time of `np.array`
+    good = (logprobs <= _LOGPROB_SLACK) & (logprobs > -np.inf)
+    if not good.all():
+        position = int(good.argmin())
+        raise AlignmentError(
+            f"{_where(call, rollout)}: logprob of sampled token {position} is {call.logprobs[position]}; expected a "
+            "finite number of at most 0"
+        )
+    return logprobs
+
+
+def _where(call: Call, rollout: Rollout) -> str:
+    return f"rollout {rollout.rollout_id} (task {rollout.task_index}, attempt {rollout.attempt}), call {call.index}"

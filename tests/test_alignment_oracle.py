@@ -7,6 +7,7 @@ micro-batches they become. A token in the wrong place, a mask off by one, a swap
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,12 @@ from transformers import AutoTokenizer
 
 from lightning_gym.advantages import group_advantages
 from lightning_gym.batch import loss_weights, pack_window
-from lightning_gym.collect import reconcile
 from lightning_gym.gym import wire
 from lightning_gym.policy.endpoint import Endpoint
 from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger
+from lightning_gym.policy.service import PolicyService
+from lightning_gym.reconcile import reconcile
 from lightning_gym.rollout import Call, Rollout, SamplingProfile
 from lightning_gym.testing import FakeEngine
 from lightning_gym.trajectory import Trajectory, trajectories
@@ -58,7 +60,8 @@ class Asked:
     """One call, as the agent saw it."""
 
     tail: str | None
-    """What a ChatML template writes after the sampled turn end, where the request extends the previous call."""
+    """What a ChatML template writes after the sampled turn end, where the request extends the previous call; special
+    tokens that somebody typed are marked."""
     whole: list[dict] | None
     """The request's messages, where it is the first or its beginning was edited."""
     bundle: wire.Bundle
@@ -161,7 +164,7 @@ class Agent:
         message = choice["message"]
         tail = None
         if new is not None and not edited:
-            tail = "\n" + "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in new)
+            tail = "\n" + "".join(f"<|im_start|>{m['role']}\n{typed(m['content'])}<|im_end|>\n" for m in new)
             tail += "<|im_start|>assistant\n"
         bundle = wire.Bundle(
             prompt_ids=message[wire.PROMPT_TOKEN_IDS],
@@ -188,7 +191,7 @@ def match(request, policy_dir, one_thread):
     engine.resume()
     ledger = Ledger()
     profile = SamplingProfile(max_output_tokens=MAX_OUTPUT_TOKENS)
-    endpoint = Endpoint(engine, policy_dir, ledger, profiles={"train": profile, "eval": profile})
+    endpoint = Endpoint(PolicyService(engine, policy_dir, ledger, {"train": profile, "eval": profile}))
     endpoint.start()
     rng = random.Random(request.param)
     plays = [
@@ -345,8 +348,9 @@ def test_a_later_prompt_is_the_earlier_prompt_its_emitted_ids_and_the_templates_
             continued += 1
             emitted = before.bundle.token_ids
             tail = asked.tail if emitted[-1] == TURN_END else "<|im_end|>" + asked.tail
-            words = match.tokenizer.encode(tail, add_special_tokens=False)
-            assert asked.bundle.prompt_ids == [*before.bundle.prompt_ids, *emitted, *words]
+            known = len(before.bundle.prompt_ids) + len(emitted)
+            assert asked.bundle.prompt_ids[:known] == [*before.bundle.prompt_ids, *emitted]
+            check_spelling(match.tokenizer, asked.bundle.prompt_ids[known:], tail)
     assert continued > 10
 
 
@@ -357,7 +361,27 @@ def test_a_first_or_edited_conversation_is_the_templates_own_rendering(match):
         text = match.tokenizer.apply_chat_template(
             [with_parsed_arguments(message) for message in asked.whole], tokenize=False, add_generation_prompt=True
         )
-        assert asked.bundle.prompt_ids == match.tokenizer.encode(text, add_special_tokens=False)
+        check_spelling(match.tokenizer, asked.bundle.prompt_ids, text)
+
+
+SPECIAL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
+TYPED = re.compile("\ue000(.*?)\ue001")
+
+
+def typed(content):
+    """Special tokens in what somebody typed, marked."""
+    return SPECIAL.sub("\ue000\\g<0>\ue001", content or "")
+
+
+def check_spelling(tokenizer, ids, marked):
+    """The ids spell the text, and special tokens are among them where the template wrote one and nowhere else."""
+    text = TYPED.sub(r"\1", marked)
+    assert tokenizer.decode(ids) == text
+    special = set(tokenizer.all_special_ids)
+    by_template = tokenizer.encode(TYPED.sub("", marked), add_special_tokens=False)
+    assert [i for i in ids if i in special] == [i for i in by_template if i in special]
+    if text == marked:
+        assert ids == by_template
 
 
 def with_parsed_arguments(message):
@@ -366,7 +390,7 @@ def with_parsed_arguments(message):
         {"function": {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])}}
         for call in message.get("tool_calls") or ()
     ]
-    return {"role": message["role"], "content": message["content"], "tool_calls": calls}
+    return {"role": message["role"], "content": typed(message["content"]), "tool_calls": calls}
 
 
 def test_a_segment_begins_exactly_where_the_history_did_not_go_on(match):

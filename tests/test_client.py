@@ -11,7 +11,8 @@ from aiohttp import web
 from lightning_gym.errors import GymError
 from lightning_gym.gym import wire
 from lightning_gym.gym.client import GymClient, innermost
-from lightning_gym.rollout import Failure, FailureKind, SamplingProfile
+from lightning_gym.rollout import Failure, FailureKind, Rollout, SamplingProfile
+from lightning_gym.testing import FakeGym
 
 SAMPLES = Path(__file__).parent / "gym_samples"
 ROW = {"responses_create_params": {"input": "x"}}
@@ -53,14 +54,14 @@ def one_agent(url):
     return [{"process_name": "agent", "url": url, "server_type": "responses_api_agents"}, *others]
 
 
-def played(handler, *, times=1, **options):
+def played(handler, *, times=1, row=ROW, **options):
     """What `times` runs against `handler` came to."""
 
     async def play():
         async with serving(handler, instances=one_agent) as url:
             client = GymClient(url, **options)
             await client.connect()
-            runs = [client.run("agent", ROW, f"r{i}", SamplingProfile(), i) for i in range(times)]
+            runs = [client.run("agent", row, f"r{i}", SamplingProfile(), i) for i in range(times)]
             try:
                 return await asyncio.gather(*runs)
             finally:
@@ -191,6 +192,88 @@ def test_our_own_endpoints_refusal_is_the_policys_failure():
     assert failure.message == f"HTTP 500: {ours}"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "openai.BadRequestError: {'error': {'message': 'no', 'type': 'invalid_request_error', 'code': 400}}",
+        json.dumps({"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}}),
+        json.dumps({"error": {"message": "no", "type": "invalid_request_error", "code": "bad_image"}}),
+        json.dumps({"error": {"message": "no", "type": "BadRequestError", "code": 400}}),
+        json.dumps({"error": "invalid_request_error"}),
+        json.dumps(["error", "invalid_request_error"]),
+    ],
+    ids=["quoted", "of OpenAI", "code in words", "of vLLM", "words", "list"],
+)
+def test_an_error_that_only_resembles_our_endpoints_is_the_environments(words):
+    failure = failure_of(answering(500, nested(words)))
+    assert failure.kind is FailureKind.ENVIRONMENT
+    assert failure.message == f"HTTP 500: {words}"
+
+
+def test_a_refusal_of_ours_is_the_policys_however_long_its_words_are():
+    ours = json.dumps({"error": {"message": "x" * 1000, "type": "invalid_request_error", "code": 400}})
+    failure = failure_of(answering(500, nested(ours)))
+    assert failure.kind is FailureKind.POLICY
+    assert failure.message == f"HTTP 500: {ours[:400]}..."
+
+
+@pytest.mark.parametrize(
+    ("reported", "kind"),
+    [
+        ("transient", FailureKind.INFRA),
+        ("kill_shaped", FailureKind.INFRA),
+        ("timeout_exceeded", FailureKind.TIMEOUT),
+        ("skipped", FailureKind.ENVIRONMENT),
+        ("legitimate", FailureKind.ENVIRONMENT),
+        ("judge_failed", FailureKind.ENVIRONMENT),
+    ],
+)
+def test_a_failure_that_gym_reports_with_status_200_is_a_failure_of_its_class_and_no_reward(reported, kind):
+    body = ANSWER | {"reward": 0.0, "_ng_failure_class": reported, "error_message": "the judge is gone"}
+    failure = failure_of(answering(200, json.dumps(body)))
+    assert (failure.kind, failure.message) == (kind, f"Gym reports `{reported}`: the judge is gone")
+    without_reward = {"_ng_failure_class": reported}
+    assert failure_of(answering(200, json.dumps(without_reward))).message.endswith("no reason given")
+    final = body | {"_ng_failure_terminal": True}
+    assert failure_of(answering(200, json.dumps(final))).kind is not FailureKind.INFRA
+
+
+def test_a_row_with_an_image_is_refused_before_it_is_sent():
+    seen = []
+
+    async def handler(request):
+        seen.append(request)
+        return web.json_response(ANSWER)
+
+    image = {"type": "input_image", "image_url": "data:image/png;base64,"}
+    row = {"responses_create_params": {"input": [{"role": "user", "content": [image]}]}}
+    failure = failure_of(handler, row=row)
+    assert failure.kind is FailureKind.ENVIRONMENT
+    assert "input item 0 has a part of type 'input_image'; the policy reads text only" in failure.message
+    assert seen == []
+
+
+def test_what_is_in_flight_is_known_while_it_is():
+    seen = []
+
+    async def handler(_request):
+        seen.append(list(clients[0].in_flight))
+        return web.json_response(ANSWER)
+
+    clients = []
+
+    async def play():
+        async with serving(handler, instances=one_agent) as url:
+            clients.append(GymClient(url))
+            await clients[0].connect()
+            await clients[0].run("agent", ROW, "r9", SamplingProfile(), 0)
+            await clients[0].close()
+
+    asyncio.run(play())
+    assert seen == [["r9"]]
+    assert clients[0].in_flight == {}
+
+
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_gateways_error_is_infra(status):
     failure = failure_of(answering(status, "come back later", "text/plain"))
@@ -262,7 +345,6 @@ def test_a_timed_out_rollout_frees_its_slot():
         '{"reward": NaN}',
         json.dumps(ANSWER | {"reward": None}),
         json.dumps(ANSWER | {"response": {"output": [7]}}),
-        json.dumps(ANSWER | {"response": {"output": [BUNDLE | {"generation_log_probs": []}]}}),
         json.dumps(ANSWER | {"responses_create_params": None, "reward": "1"}),
     ],
 )
@@ -310,6 +392,53 @@ def test_a_head_server_that_is_not_there_is_named():
             await client.close()
 
     with pytest.raises(GymError, match=r"127\.0\.0\.1:9/server_instances"):
+        asyncio.run(play())
+
+
+# -- what an environment makes of several rollouts
+
+
+def aggregated(rollouts):
+    """What a Gym of this process answers."""
+    gym = FakeGym(["counter"])
+    head_url = gym.start(policy_url="http://unused/v1", api_key="k", model="m", run_dir=Path())
+
+    async def ask():
+        client = GymClient(head_url)
+        await client.connect()
+        (agent,) = client.agents
+        try:
+            return await client.aggregate(agent, rollouts)
+        finally:
+            await client.close()
+
+    try:
+        return asyncio.run(ask())
+    finally:
+        gym.close()
+
+
+def test_an_agents_metrics_over_several_rollouts_are_gyms_own():
+    rollouts = [
+        Rollout(rollout_id="r", task_index=7, group_id=0, attempt=i, agent="a", reward=reward, metrics={"steps": i})
+        for i, reward in enumerate([1.0, 0.0, 0.5, None])
+    ]
+    found = aggregated(rollouts)
+    assert found["mean/reward"] == 0.5
+    assert found["mean/steps"] == 1.0
+
+
+def test_an_agent_that_aggregates_nothing_is_named():
+    async def play():
+        async with serving(answering(200, ""), instances=one_agent) as url:
+            client = GymClient(url)
+            await client.connect()
+            try:
+                await client.aggregate("agent", [])
+            finally:
+                await client.close()
+
+    with pytest.raises(GymError, match=r"/aggregate_metrics gives no metrics: .*404"):
         asyncio.run(play())
 
 

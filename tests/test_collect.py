@@ -7,18 +7,30 @@ would and returns what it is told to.
 import asyncio
 import json
 import logging
+import re
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
-from lightning_gym.collect import Collection, Collector, reconcile, rollout_seed
-from lightning_gym.errors import CollectionError
+from lightning_gym.collect import Collection, Collector, Stragglers, rollout_seed
+from lightning_gym.errors import CollectionError, ConfigError
 from lightning_gym.gym import wire
 from lightning_gym.gym.client import GymClient
-from lightning_gym.policy.ledger import Entry, Ledger, Served
-from lightning_gym.rollout import Call, Failure, FailureKind, Rollout, SamplingProfile, SpliceBreak
+from lightning_gym.policy.conversation import Conversation
+from lightning_gym.policy.ledger import Ledger, Served
+from lightning_gym.rollout import (
+    Call,
+    Failure,
+    FailureKind,
+    Misaligned,
+    Misalignment,
+    Rollout,
+    SamplingProfile,
+    SpliceBreak,
+)
 from lightning_gym.tasks import DealtTask, read_tasks
 
 
@@ -34,59 +46,7 @@ def call(index=0, *, prompt=(1, 2), tokens=(3, 4), finish_reason="stop"):
 
 
 def served(one):
-    return Served(call=one, messages=(), reply=(), context=())
-
-
-def bundle(one):
-    return wire.Bundle(prompt_ids=list(one.prompt_ids), token_ids=list(one.token_ids), logprobs=list(one.logprobs))
-
-
-def entry_of(*calls):
-    return Entry(profile="train", seed=0, served=[served(one) for one in calls])
-
-
-# -- reconcile
-
-FIRST, LOST, SECOND = call(0), call(1, tokens=(5, 6)), call(2, prompt=(1, 2, 3, 4, 9), tokens=(7,))
-
-
-def test_what_came_back_is_the_served_calls_themselves_with_the_engines_own_logprobs():
-    back = [bundle(FIRST), wire.Bundle(prompt_ids=[1, 2, 3, 4, 9], token_ids=[7], logprobs=[-99.0])]
-    assert reconcile(entry_of(FIRST, SECOND), back) == [FIRST, SECOND]
-
-
-def test_a_call_whose_answer_was_lost_is_left_out():
-    assert reconcile(entry_of(FIRST, LOST, SECOND), [bundle(FIRST), bundle(SECOND)]) == [FIRST, SECOND]
-    assert reconcile(entry_of(FIRST, LOST), [bundle(LOST)]) == [LOST]
-
-
-def test_two_equal_calls_are_two():
-    twin = call(1)
-    assert reconcile(entry_of(FIRST, twin), [bundle(FIRST), bundle(twin)]) == [FIRST, twin]
-
-
-@pytest.mark.parametrize(
-    ("back", "position"),
-    [
-        ([wire.Bundle(prompt_ids=[1, 2], token_ids=[3, 5], logprobs=[-0.5, -0.5])], 0),
-        ([wire.Bundle(prompt_ids=[1, 3], token_ids=[3, 4], logprobs=[-0.5, -0.5])], 0),
-        ([bundle(FIRST), bundle(FIRST)], 1),
-        ([bundle(SECOND), bundle(FIRST)], 1),
-        ([bundle(FIRST), bundle(SECOND), bundle(LOST)], 2),
-    ],
-    ids=["foreign tokens", "foreign prompt", "twice", "out of order", "one too many"],
-)
-def test_what_was_not_served_like_that_is_misaligned_and_says_which_call(back, position):
-    failure = reconcile(entry_of(FIRST, SECOND), back)
-    assert failure.kind is FailureKind.MISALIGNED
-    assert failure.message.startswith(f"call {position} came back with")
-    assert failure.message.endswith("2 served")
-
-
-def test_a_rollout_without_ids_is_a_failure_of_its_own():
-    failure = reconcile(entry_of(FIRST), [])
-    assert failure.kind is FailureKind.NO_TOKEN_IDS
-    assert "(1 calls were served)" in failure.message
+    return Served(call=one, told=Conversation(messages=(), tools=b"", template_kwargs=b""))
 
 
 # -- Collection
@@ -117,16 +77,53 @@ def test_a_survivor_needs_another_one_in_its_group():
     assert collection.failures == Counter({infra: 3, timeout: 1})
 
 
+def test_what_was_left_out_and_how_each_agent_fared_is_counted():
+    def one(group, attempt, **fields):
+        base = rollout(group, failure=fields.pop("failure", None), reward=attempt)
+        return replace(base, rollout_id=f"{group}.{attempt}", attempt=attempt, **fields)
+
+    calls = [call(0), call(1)]
+    rollouts = [
+        one(0, 0, calls=calls, metrics={"steps": 2.0}, reward_components={"format": 1.0, "right": 0.0}, ids_lost=True),
+        one(0, 1, calls=calls[:1], metrics={"steps": 4.0}, reward_components={"format": 0.5}, context_overflow=True),
+        one(0, 2, failure=FailureKind.TIMEOUT),
+        one(1, 0, agent="b", calls=calls, truncated=True, unconfirmed_calls=3),
+        one(1, 1, agent="b", calls=calls, invalid_tool_calls=2),
+        one(1, 2, agent="b", masked=True),
+    ]
+    assert Collection(rollouts=rollouts, seconds=0.0).metrics() == {
+        "rollout/unconfirmed_calls": 3.0,
+        "rollout/ids_lost": 1.0,
+        "rollout/invalid_tool_calls": 2.0,
+        "rollout/context_overflow_frac": 0.25,
+        "rollout/reward_component/format": 0.75,
+        "rollout/reward_component/right": 0.0,
+        "rollout/dropped/a": 1.0,
+        "rollout/calls_mean/a": 1.5,
+        "rollout/truncated_frac/a": 0.0,
+        "env/a/steps": 3.0,
+        "rollout/dropped/b": 1.0,
+        "rollout/calls_mean/b": 2.0,
+        "rollout/truncated_frac/b": 0.5,
+    }
+
+
+def test_a_collection_without_rollouts_has_counts_of_zero():
+    assert set(Collection(rollouts=[], seconds=0.0).metrics().values()) == {0.0}
+
+
 # -- Collector
 
 
 def collect(answers, *, num_tasks=1, group_size=2, serve=call, forge=lambda _g, _a: False, **options):
     """Collect against a Gym that answers a rollout's n-th try with ``answers(group, attempt, try)``.
 
-    An answer is a reward (the rollout is played), an HTTP status, or ``"hang"``.
+    An answer is a reward (the rollout is played), further fields of a result, an HTTP status, ``"hang"``, or the
+    seconds after which a rollout of reward 1 is over, in a list.
     """
     ledger = Ledger()
     seen = []
+    on_group, on_entry = options.pop("on_group", None), options.pop("on_entry", lambda _entry: None)
 
     async def run(request):
         params = (await request.json())["responses_create_params"]
@@ -136,18 +133,24 @@ def collect(answers, *, num_tasks=1, group_size=2, serve=call, forge=lambda _g, 
         entry = ledger.get(rollout_id)
         one = serve(tokens=(group + 10, attempt + 10, again + 10))
         entry.served.append(served(one))
+        on_entry(entry)
         if again == 0 and group == 7:
             entry.breaks.append(SpliceBreak(kind="branch", call_index=1, detail=""))
         answer = answers(group, attempt, again)
         if answer == "hang":
             await asyncio.sleep(30)
+        if isinstance(answer, list):
+            await asyncio.sleep(answer[0])
+            answer = 1.0
+        fields = answer if isinstance(answer, dict) else {"reward": answer}
         if isinstance(answer, int):
             return web.Response(status=answer, text=f"status {answer} of {group}.{attempt}.{again}")
         if forge(group, attempt):
             one = call(tokens=(99,))
         item = {"type": "message", wire.PROMPT_TOKEN_IDS: one.prompt_ids, wire.GENERATION_TOKEN_IDS: one.token_ids}
         response = {"output": [item | {wire.GENERATION_LOG_PROBS: one.logprobs}]}
-        return web.json_response({"response": response, "reward": answer, "responses_create_params": {"input": "x"}})
+        body = {"response": response, "reward": 1.0, "responses_create_params": {"input": "x"}}
+        return web.json_response(body | fields)
 
     async def play():
         app = web.Application()
@@ -155,7 +158,11 @@ def collect(answers, *, num_tasks=1, group_size=2, serve=call, forge=lambda _g, 
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        client = GymClient("http://unused", rollout_timeout_s=options.pop("timeout", 10))
+        client = GymClient(
+            "http://unused",
+            rollout_timeout_s=options.pop("timeout", 10),
+            max_concurrency=options.pop("max_concurrency", 512),
+        )
         client.agents = {"agent": f"http://127.0.0.1:{runner.addresses[0][1]}"}
         rows = [{"responses_create_params": {"input": "x"}}] * num_tasks
         first_group = options.pop("first_group", 0)
@@ -165,7 +172,7 @@ def collect(answers, *, num_tasks=1, group_size=2, serve=call, forge=lambda _g, 
         collector = Collector(client, ledger, run_id="run", **options)
         try:
             return await collector.collect(
-                dealt, group_size=group_size, profile_name="train", profile=SamplingProfile()
+                dealt, group_size=group_size, profile_name="train", profile=SamplingProfile(), on_group=on_group
             )
         finally:
             await client.close()
@@ -232,6 +239,18 @@ def test_too_many_failures_stop_the_collection_with_counts_and_the_innermost_cau
     assert "the last one: HTTP 422: status 422 of 0." in message
 
 
+def test_the_most_frequent_failure_is_told_too():
+    with pytest.raises(CollectionError) as caught:
+        collect(
+            lambda _g, a, _t: {"_ng_failure_class": "skipped", "error_message": "no disk"} if a else 422,
+            group_size=3,
+            max_failed_frac=0.7,
+        )
+    message = str(caught.value)
+    assert message.startswith("3 of 3 rollouts failed (2 environment, 1 ") or "(3 environment)" in message
+    assert "2 of them: Gym reports `skipped`: no disk; the last one: " in message
+
+
 def test_exactly_the_allowed_fraction_of_failures_is_allowed():
     collection, _, _ = collect(lambda _g, a, _t: 422 if a == 0 else 1.0, group_size=4, max_failed_frac=0.25)
     assert len(collection.survivors) == 3
@@ -255,6 +274,81 @@ def test_what_was_not_served_is_a_failed_rollout_that_keeps_its_words():
     assert len(collection.survivors) == 2
 
 
+def test_a_failed_rollout_names_itself_its_call_and_how_it_is_misaligned():
+    collection, _, _ = collect(lambda *_: 1.0, group_size=3, forge=lambda _g, a: a == 1, max_failed_frac=0.5)
+    failure = collection.rollouts[1].failure
+    assert isinstance(failure, Misaligned)
+    assert collection.misalignments == Counter({Misalignment.NOT_SERVED: 1})
+    assert failure.message.startswith("rollout run.0.train.0.1.0: call 0 came back with 2 prompt ids")
+
+
+def test_a_masked_rollout_has_a_reward_and_neither_trains_nor_counts_for_its_group():
+    collection, _, _ = collect(lambda _g, a, _t: {"mask_sample": a == 0, "reward": a}, group_size=3)
+    assert [(r.masked, r.reward, r.failure) for r in collection.rollouts] == [
+        (True, 0.0, None),
+        (False, 1.0, None),
+        (False, 2.0, None),
+    ]
+    assert collection.survivors == collection.rollouts[1:]
+    collection, _, _ = collect(lambda _g, a, _t: {"mask_sample": a == 0}, group_size=2)
+    assert collection.survivors == []
+
+
+def test_a_transient_failure_that_gym_reports_is_tried_again():
+    collection, seen, _ = collect(lambda _g, a, t: {"_ng_failure_class": "transient"} if a == t == 0 else 1.0)
+    assert [r.failure for r in collection.rollouts] == [None, None]
+    assert len(seen) == 3
+
+
+def test_each_group_is_handed_on_as_soon_as_its_last_attempt_is_over():
+    handed, at = [], []
+
+    def on_group(rollouts):
+        handed.append([(r.group_id, r.attempt) for r in rollouts])
+        at.append(time.monotonic())
+
+    start = time.monotonic()
+    collect(lambda g, a, _t: [0.6] if (g, a) == (0, 1) else [0.05], num_tasks=2, on_group=on_group)
+    assert handed == [[(1, 0), (1, 1)], [(0, 0), (0, 1)]]
+    assert at[0] - start < 0.5 < at[1] - start
+
+
+def test_the_last_attempts_of_a_group_are_cut_when_the_others_are_long_over():
+    start = time.monotonic()
+    collection, seen, _ = collect(
+        lambda g, a, _t: "hang" if (g, a) == (0, 2) else [0.1],
+        num_tasks=2,
+        group_size=4,
+        stragglers=Stragglers(max_frac=0.25, factor=3.0),
+        max_failed_frac=0.0,
+    )
+    assert time.monotonic() - start < 5
+    (cut,) = [r for r in collection.rollouts if r.failure]
+    assert (cut.group_id, cut.attempt, cut.failure.kind) == (0, 2, FailureKind.STRAGGLER)
+    assert cut.rollout_id in seen
+    assert re.fullmatch(r"cut: the others of its group took at most 0\.\d s", cut.failure.message)
+    assert len(collection.survivors) == 7
+
+
+def test_a_straggler_that_is_over_in_time_is_kept_and_failures_are_no_quorum():
+    stragglers = Stragglers(max_frac=0.5, factor=20.0)
+    collection, _, _ = collect(lambda _g, a, _t: [0.3] if a == 0 else [0.05], stragglers=stragglers)
+    assert [r.failure for r in collection.rollouts] == [None, None]
+    collection, _, _ = collect(
+        lambda _g, a, _t: [0.4] if a == 0 else 422,
+        group_size=2,
+        stragglers=Stragglers(max_frac=0.5, factor=1.0),
+        max_failed_frac=0.5,
+    )
+    assert collection.rollouts[0].failure is None
+
+
+@pytest.mark.parametrize("options", [{"max_frac": 0.0}, {"max_frac": 1.0}, {"factor": 0.5}])
+def test_a_straggler_policy_without_sense_is_refused(options):
+    with pytest.raises(ConfigError, match="expected a max_frac between 0 and 1 and a factor of at least 1"):
+        Stragglers(**options)
+
+
 def test_a_turn_that_ran_out_of_tokens_marks_the_rollout_truncated():
     collection, _, _ = collect(lambda *_: 1.0, serve=lambda **k: call(finish_reason="length", **k))
     assert all(r.truncated for r in collection.rollouts)
@@ -276,6 +370,30 @@ def test_a_line_of_progress_is_logged_while_collecting(caplog):
     lines = [record.getMessage() for record in caplog.records if "collecting" in record.getMessage()]
     assert len(lines) >= 2
     assert "collecting: 2/3 rollouts after 0 s, 1 failed, reward 0.500" in lines
+
+
+def test_who_waits_for_whom_is_logged_with_the_oldest_rollout(caplog):
+    """One rollout hangs in Gym, one in the policy, and one gets no slot."""
+    caplog.set_level(logging.INFO, logger="lightning_gym.collect")
+
+    def started(entry):
+        entry.calls_started = 1 + (len(entered) == 1)
+        entered.append(entry)
+
+    entered = []
+    collect(
+        lambda *_: [0.5],
+        group_size=3,
+        heartbeat_s=0.2,
+        max_concurrency=2,
+        on_entry=started,
+    )
+    lines = [record.getMessage() for record in caplog.records if " rollouts wait: " in record.getMessage()]
+    assert re.fullmatch(
+        r"3 rollouts wait: 1 for agent agent, 1 for the policy, 1 for a free slot; the oldest is "
+        r"run\.0\.train\.0\.[01]\.0, 0 s, 1 calls served, waits for (agent agent|the policy)",
+        lines[0],
+    )
 
 
 def test_seeds_depend_on_run_group_and_attempt_and_on_nothing_else():

@@ -12,11 +12,12 @@ import pytest
 
 from lightning_gym.errors import ConfigError, EngineError
 from lightning_gym.gym import wire
+from lightning_gym.policy import replies, retries
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.endpoint import Endpoint
 from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger
-from lightning_gym.policy.service import call_seed
+from lightning_gym.policy.service import PolicyService, call_seed
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.testing import FakeEngine
 
@@ -49,14 +50,14 @@ def serving(policy_dir):
     """Yields a function that makes an endpoint with an engine behind it; closes all of them."""
     running = []
 
-    def make(*, engine=None, paused=False):
+    def make(*, engine=None, paused=False, policy_dir=policy_dir):
         engine = engine or FakeEngine(max_model_len=WINDOW, script=script, logprob=lambda p, t: -(p * 512 + t) / 1024)
         engine.start(EngineModel(path=policy_dir, dtype="float32", weights=lambda: ()))
         engine.update_weights(lambda: None, version=3)
         if not paused:
             engine.resume()
         ledger = Ledger()
-        endpoint = Endpoint(engine, policy_dir, ledger, profiles=PROFILES)
+        endpoint = Endpoint(PolicyService(engine, policy_dir, ledger, PROFILES))
         endpoint.start()
         headers = {"authorization": f"Bearer {endpoint.api_key}"}
         http = httpx.Client(base_url=endpoint.url, headers=headers, timeout=30)
@@ -283,12 +284,10 @@ def test_each_endpoint_makes_a_token_of_its_own(serve):
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "../tokenize"])
-def test_an_unknown_expired_or_closed_rollout_is_gone(served, path):
-    served.open("expired")
-    served.ledger.expire("expired")
+def test_an_unknown_or_closed_rollout_is_gone(served, path):
     served.open("closed")
     served.ledger.close("closed")
-    for rollout_id in ("unknown", "expired", "closed", "", 7, ["a"]):
+    for rollout_id in ("unknown", "closed", "", 7, ["a"]):
         response = served.http.post(path, json={"messages": HELLO, wire.ROLLOUT_ID: rollout_id})
         assert response.status_code == 410
         assert f"rollout {rollout_id} is over" in error_of(response)
@@ -304,7 +303,19 @@ def test_an_unknown_expired_or_closed_rollout_is_gone(served, path):
         ({"max_tokens": 0}, "positive"),
         ({"max_tokens": "8"}, "positive"),
         ({"max_completion_tokens": -1}, "positive"),
+        ({"max_tokens": True}, "positive"),
+        ({"max_tokens": 1.5}, "positive"),
+        ({"temperature": True}, "0.5"),
+        ({"temperature": -1}, "0.5"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"min_tokens": 4}, "min_tokens"),
         ({"seed": "seven"}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"seed": 1 << 63}, "seed"),
     ],
 )
 def test_sampling_that_contradicts_the_profile_is_a_422_that_names_it(shared, asked, word):
@@ -362,10 +373,64 @@ def test_a_body_over_the_limit_is_a_413_before_it_is_read(served):
         assert b" 413 " in raw.recv(1000).partition(b"\r\n")[0]
 
 
-def test_other_routes_and_methods_do_not_exist(served):
-    assert served.http.post("/responses", json={}).status_code == 404
-    assert served.http.get("/chat/completions").status_code == 405
-    assert served.http.get("../docs").status_code == 404
+def connected(served):
+    return socket.create_connection(("127.0.0.1", int(served.endpoint.url.rpartition(":")[2].removesuffix("/v1"))), 10)
+
+
+def test_a_chunked_body_over_the_limit_is_a_413_and_is_not_read_on(served, monkeypatch):
+    monkeypatch.setattr(replies, "MAX_BODY_BYTES", 1 << 20)
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    with connected(served) as raw:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {served.endpoint.api_key}\r\n"
+        raw.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode() + 16 * chunk)
+        raw.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            raw.recv(1000)  # not over it yet
+        raw.settimeout(10)
+        raw.sendall(chunk)
+        reply = raw.recv(1000)
+        assert b" 413 " in reply.partition(b"\r\n")[0]
+        assert b"connection: close" in reply
+    assert served.chat().status_code == 200
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\0" * 100, b"\x16\x03\x01 tls", b"GET / HTTP/9.9\r\n\r\n", b"NONSENSE\r\n\r\n", b"POST /%ff HTTP/1.1\r\n\r\n"]
+    + [b"POST /v1/chat/completions HTTP/1.1\r\n" + header + b"\r\n\r\n" for header in (
+        b"content-length: -1", b"content-length: 99999999999999999999999", b"transfer-encoding: nonsense",
+        b"x: " + b"y" * 300_000, b"no colon", b"upgrade: websocket\r\nconnection: upgrade",
+    )],
+)  # fmt: skip
+def test_garbage_on_the_wire_is_refused_and_the_next_request_is_served(shared, garbage):
+    with connected(shared) as raw:
+        raw.settimeout(2)
+        try:
+            raw.sendall(garbage)
+            assert b" 200 " not in raw.recv(1000).partition(b"\r\n")[0]
+        except (TimeoutError, ConnectionError):
+            pass  # it waits for more, or has hung up
+    assert shared.chat().status_code == 200
+
+
+def test_other_routes_and_methods_do_not_exist(shared):
+    for method, path, status in (
+        ("POST", "/responses", 404),
+        ("GET", "../docs", 404),
+        ("GET", "/chat/completions", 405),
+        ("DELETE", "/models", 405),
+        ("POST", "../health", 405),
+    ):
+        response = shared.http.request(method, path)
+        assert response.status_code == status
+        assert error_of(response)
+    assert response.headers["allow"] == "GET"
+
+
+def test_the_endpoint_describes_itself_without_a_token(shared):
+    paths = httpx.get(shared.endpoint.url.replace("/v1", "/openapi.json")).json()["paths"]
+    served = {*shared.endpoint.app.gets, *shared.endpoint.app.posts}
+    assert set(paths) == served
 
 
 # -- an overflow, and nothing else, says what Gym takes for one
@@ -377,10 +442,11 @@ def test_a_prompt_without_room_for_a_token_is_the_one_reply_that_says_context_le
     assert f"maximum context length is {WINDOW} tokens, and the prompt has" in error_of(response)
 
 
-def test_a_refused_overflow_leaves_no_call_in_the_ledger(served):
+def test_a_refused_overflow_is_no_call_and_takes_no_seed(served):
     entry = served.open()
     served.chat([{"role": "user", "content": "x" * WINDOW}], **{wire.ROLLOUT_ID: "r"})
     assert entry.served == []
+    assert entry.calls_started == 0
 
 
 class Refusing(FakeEngine):
@@ -427,6 +493,62 @@ def test_a_request_is_held_while_the_engine_is_paused_and_answered_when_it_goes_
     assert answers == [200]
 
 
+def test_a_request_that_a_pause_ended_is_a_503_and_asked_again_it_waits_for_its_turn(serve):
+    served = serve(paused=True)
+    served.open("r")
+    answers = []
+    threads = [
+        threading.Thread(target=lambda body=body: answers.append(served.chat(**body)))
+        for body in ({}, {wire.ROLLOUT_ID: "r"})
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: served.endpoint.service.stats.waiting == 2)
+    served.ledger.close("r")
+    served.engine.pause()
+    for thread in threads:
+        thread.join(10)
+    assert [(a.status_code, a.headers["retry-after"]) for a in answers] == [(503, "1")] * 2
+    served.engine.resume()
+    assert served.chat().status_code == 200
+    assert served.chat(**{wire.ROLLOUT_ID: "r"}).status_code == 410
+    assert len(served.endpoint.app.answers) == 0
+
+
+def until(condition):
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_generation_that_nobody_asks_for_again_is_aborted_after_the_grace_and_never_recorded(serve, monkeypatch):
+    monkeypatch.setattr(retries, "GRACE_S", 0.3)
+    served = serve(paused=True)
+    entry = served.open()
+    with pytest.raises(httpx.ReadTimeout):
+        served.http.post("/chat/completions", json={"messages": HELLO, wire.ROLLOUT_ID: "r"}, timeout=0.2)
+    assert len(served.engine._waiting) == 1
+    until(lambda: not served.engine._waiting)
+    assert (served.endpoint.service.stats.waiting, entry.served) == (0, [])
+    served.engine.resume()
+    assert served.chat(**{wire.ROLLOUT_ID: "r"}).status_code == 200
+    assert len(entry.served) == 1
+
+
+def test_a_generation_that_ended_after_its_client_had_gone_is_no_call_of_the_rollout(serve, monkeypatch):
+    monkeypatch.setattr(retries, "GRACE_S", 0.3)
+    served = serve(paused=True)
+    entry = served.open()
+    with pytest.raises(httpx.ReadTimeout):
+        served.http.post("/chat/completions", json={"messages": HELLO, wire.ROLLOUT_ID: "r"}, timeout=0.2)
+    served.engine.resume()
+    until(lambda: len(served.endpoint.app.answers) == 0)
+    assert served.endpoint.service.stats.generated_tokens > 0
+    assert entry.served == []
+
+
 def test_when_the_engine_dies_the_waiting_and_the_next_request_are_refused_for_good(serve):
     served = serve(paused=True)
     answers = []
@@ -446,15 +568,15 @@ def test_a_port_that_is_taken_is_a_config_error_that_names_it(policy_dir):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}.*choose another port"):
-            Endpoint(FakeEngine(), policy_dir, Ledger(), profiles=PROFILES, port=port)
+            Endpoint(PolicyService(FakeEngine(), policy_dir, Ledger(), PROFILES), port=port)
 
 
 def test_closing_twice_or_before_the_start_is_no_error_and_frees_the_port(serve, policy_dir):
-    endpoint = Endpoint(FakeEngine(), policy_dir, Ledger(), profiles=PROFILES)
+    endpoint = Endpoint(PolicyService(FakeEngine(), policy_dir, Ledger(), PROFILES))
     port = int(endpoint.url.rpartition(":")[2].removesuffix("/v1"))
     endpoint.close()
     endpoint.close()
-    again = Endpoint(FakeEngine(), policy_dir, Ledger(), profiles=PROFILES, port=port)
+    again = Endpoint(PolicyService(FakeEngine(), policy_dir, Ledger(), PROFILES), port=port)
     again.start()
     again.close()
     again.close()
@@ -518,25 +640,145 @@ def test_a_text_or_a_list_of_ids_is_continued_with_its_ids_and_logprobs(served):
     ids = served.http.post("../tokenize", json={"prompt": "Hello there"}).json()["tokens"]
     by_text = served.http.post("/completions", json={"prompt": "Hello there", "seed": 3}).json()
     by_ids = served.http.post("/completions", json={"prompt": ids, "seed": 3}).json()
-    assert by_text["prompt_token_ids"] == by_ids["prompt_token_ids"] == ids
     choice = by_text["choices"][0]
+    assert choice["prompt_token_ids"] == by_ids["choices"][0]["prompt_token_ids"] == ids
     assert choice["token_ids"] == by_ids["choices"][0]["token_ids"]
     assert (
         len(choice["logprobs"]["token_logprobs"]) == len(choice["token_ids"]) == by_text["usage"]["completion_tokens"]
     )
     assert served.http.post("../detokenize", json={"tokens": ids}).json() == {"prompt": "Hello there"}
-    for prompt in ([], [1.5], ["a"], None, 7):
+    for prompt in ([], [1.5], ["a"], [True], [-1], [1 << 40], None, 7):
         assert served.http.post("/completions", json={"prompt": prompt}).status_code == 400
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [{"response_format": {"type": "json_object"}}, {"logit_bias": {"5": 1}}, {"tool_choice": "required"}],
-)
-def test_a_request_that_masks_the_distribution_is_refused_with_the_reason(served, extra):
-    reply = served.chat(**extra)
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+GYM_SENDS = {  # one entry a field that Gym 0.4.0 or its main branch puts into a request, with values it may have
+    "model": ["policy", "anything"],
+    "max_tokens": [8],
+    "max_completion_tokens": [8],
+    "temperature": [0.5],
+    "top_p": [1, 1.0],
+    "top_k": [-1],
+    "tools": [[TOOL], []],
+    "tool_choice": ["auto", "none"],
+    "parallel_tool_calls": [False, True],
+    "metadata": [{"extra_body": "{}", "task": "7"}, {}],
+    "user": ["somebody"],
+    "logprobs": [True, False],
+    "top_logprobs": [0],
+    "service_tier": ["auto"],
+    "store": [True],
+    "chat_template_kwargs": [{"enable_thinking": False}],
+    "return_tokens_as_token_ids": [True],
+    "return_token_ids": [True],
+    "seed": [3],
+    "min_p": [0, 0.0],
+    "skip_special_tokens": [False],
+    "reasoning_effort": ["low"],
+    "mm_processor_kwargs": [{}],
+    "required_prefix_token_ids": [[1, 2]],
+    "frequency_penalty": [0.0],
+    "presence_penalty": [0],
+    "repetition_penalty": [1.0],
+    "n": [1],
+    "stop": [[]],
+    "stream": [False],
+    "nobody_knows_this_field": [{"a": [1]}],
+}
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "../tokenize"])
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in GYM_SENDS.items() for v in [*values, None]])
+def test_every_field_that_gym_sends_is_accepted(shared, path, field, value):
+    reply = shared.http.post(path, json={"messages": HELLO, field: value})
+    assert reply.status_code == 200, reply.text
+
+
+def test_metadata_and_user_come_back_as_they_went(shared):
+    carried = {"metadata": {"task": "größe", "extra_body": "{}"}, "user": "somebody"}
+    body = shared.chat(**carried).json()
+    assert {key: body[key] for key in carried} == carried
+    assert not carried.keys() & shared.chat().json().keys()
+
+
+REFUSED = {
+    "n": 2, "best_of": 2, "stream": True, "echo": True, "suffix": "a", "use_beam_search": True, "top_logprobs": 1,
+    "prompt_logprobs": 0, "stop": ["a"], "stop_token_ids": [3], "ignore_eos": True,
+    "response_format": {"type": "json_object"}, "structured_outputs": {"json": {}}, "guided_json": {"type": "object"},
+    "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "a", "logit_bias": {"5": 1},
+    "allowed_token_ids": [1], "bad_words": ["a"], "tool_choice": "required", "functions": [{}], "function_call": "add",
+    "truncate_prompt_tokens": 5, "chat_template": "{{ 1 }}", "chat_template_kwargs": {"chat_template": "{{ 1 }}"},
+    "continue_final_message": True, "add_generation_prompt": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [*REFUSED.items(), ("n", True), ("stream", 1), ("tool_choice", TOOL)])
+def test_what_is_not_supported_is_a_400_that_names_it_and_says_why(shared, field, value):
+    reply = shared.chat(**{field: value})
     assert reply.status_code == 400
-    assert next(iter(extra)) in reply.json()["error"]["message"]
+    assert f"`{field.removesuffix('_kwargs')}`" in error_of(reply)
+
+
+def test_tools_are_not_shown_to_a_policy_that_must_not_call_them(shared):
+    reply = shared.chat(tools=[TOOL], tool_choice="none")
+    assert reply.status_code == 400
+    assert "`tool_choice`" in error_of(reply)
+
+
+def test_logprobs_are_those_of_the_sampled_tokens_by_text_or_by_id(served, policy_dir):
+    plain = served.chat(seed=1, logprobs=True).json()["choices"][0]
+    by_id = served.chat(seed=1, logprobs=True, top_logprobs=0, return_tokens_as_token_ids=True).json()["choices"][0]
+    chat = ChatFormat(policy_dir)
+    for choice, name in ((plain, lambda i: chat.decode([i])), (by_id, lambda i: f"token_id:{i}")):
+        ids, logprobs = (choice["message"][key] for key in (wire.GENERATION_TOKEN_IDS, wire.GENERATION_LOG_PROBS))
+        assert choice["logprobs"]["content"] == [
+            {"token": name(i), "logprob": value, "bytes": None, "top_logprobs": []}
+            for i, value in zip(ids, logprobs, strict=True)
+        ]
+    assert "logprobs" not in served.chat().json()["choices"][0]
+
+
+def test_without_parallel_calls_the_first_is_the_only_one(serve, policy_dir):
+    said = '<tool_call>{"name": "a", "arguments": {}}</tool_call><tool_call>{"name": "b", "arguments": {}}</tool_call>'
+    words = ChatFormat(policy_dir).encode(said + "<|im_end|>")
+    served = serve(engine=FakeEngine(max_model_len=256, script=lambda p, s: words))
+    served.endpoint.service._profiles = {"train": SamplingProfile(), "eval": SamplingProfile()}
+
+    def called(**body):
+        message = served.chat(**body).json()["choices"][0]["message"]
+        return [call["function"]["name"] for call in message["tool_calls"]]
+
+    assert called() == called(parallel_tool_calls=True) == ["a", "b"]
+    assert called(parallel_tool_calls=False) == ["a"]
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "../tokenize"])
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_text_that_no_tokenization_fits_is_an_overflow_at_once(shared, path, role):
+    start = time.perf_counter()
+    reply = shared.http.post(path, json={"messages": [*HELLO, {"role": role, "content": "a" * 10_000_000}]})
+    assert reply.status_code == 400
+    assert f"maximum context length is {WINDOW} tokens, and the prompt has" in error_of(reply)
+    assert shared.http.post("/completions", json={"prompt": "a" * 10_000_000}).status_code == 400
+    assert time.perf_counter() - start < 5  # tokenizing it takes more than ten seconds
+
+
+def test_reasoning_effort_reaches_the_template(serve, policy_dir, tmp_path):
+    for file in policy_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ reasoning_effort or '' }}" + template.read_text())
+    served = serve(policy_dir=tmp_path)
+
+    def prompt(**body):
+        return served.http.post("../tokenize", json={"messages": HELLO} | body).json()["tokens"]
+
+    effort = served.endpoint.service.chat.encode("low")
+    assert (
+        prompt(reasoning_effort="low")
+        == [*effort, *prompt()]
+        == prompt(chat_template_kwargs={"reasoning_effort": "low"})
+    )
 
 
 def test_metrics_are_prometheus_text_and_count_what_happened(served):

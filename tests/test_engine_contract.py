@@ -1,6 +1,7 @@
 """The fake engine and vLLM, held to one contract: what a colocated engine must do, and what it must leave alone."""
 
 import os
+import queue
 import random
 import threading
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gym.errors import EngineDeadError, EngineStartError, WeightSyncError
+from lightning_gym.errors import EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
 from lightning_gym.policy.engine import EngineModel, Generation, SamplingParams
 from lightning_gym.policy.vllm_engine import VLLMEngine
 from lightning_gym.sync import WeightSync
@@ -46,7 +47,7 @@ def started(kind, request, tmp_path_factory):
     model = save_untrained(directory, tied=request.param)
     engine = make(kind)
     engine.start(engine_model(directory, model))
-    sync = WeightSync(engine, model)
+    sync = WeightSync(engine, model, mode="copy")
     sync.sync(0)
     yield engine, model, sync
     engine.close()
@@ -154,9 +155,9 @@ def test_the_canary_notices_any_single_tensor_that_was_forgotten(started):
         kept = view.clone()
         noise = torch.randn(view.shape, generator=torch.Generator().manual_seed(version))
         engine.update_weights(lambda view=view, noise=noise: view.add_(0.5 * noise), version=version)
-        assert sync._canary_diff() > 1e-3, name
+        assert sync._canary.difference() > 1e-3, name
         engine.update_weights(lambda view=view, kept=kept: view.copy_(kept), version=version)
-    assert sync._canary_diff() < 1e-4
+    assert sync._canary.difference() < 1e-4
 
 
 def test_a_turn_ends_with_its_stop_id_and_only_then_says_stop(started):
@@ -186,6 +187,16 @@ def test_nothing_is_sampled_while_the_engine_is_paused(started):
     engine.resume()
     assert arrived.wait(30)
     engine.pause()
+
+
+def test_a_pause_tells_whoever_waits_that_the_request_was_aborted(started):
+    engine, _, _ = started
+    results = queue.SimpleQueue()
+    engine.generate("held", PROMPT, sampling(), results.put)
+    engine.pause()
+    assert isinstance(results.get(timeout=30), RequestAbortedError)
+    assert isinstance(generate(engine, [PROMPT], [sampling()])[0], Generation)
+    assert results.empty()
 
 
 def test_an_aborted_request_is_never_delivered(started):
@@ -236,7 +247,9 @@ def test_a_model_that_cannot_be_built_is_an_error_that_names_it(kind, tmp_path):
 
 def test_the_trainers_world_is_intact_after_build_and_shutdown(kind, tmp_path):
     model = save_untrained(tmp_path, tied=True)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    trainers_own = not torch.distributed.is_initialized()  # else vLLM made one, for the engine that is still up
+    if trainers_own:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         random.seed(1)
         np.random.seed(1)  # noqa: NPY002  the generator that vLLM seeds
@@ -251,7 +264,8 @@ def test_the_trainers_world_is_intact_after_build_and_shutdown(kind, tmp_path):
         torch.distributed.all_reduce(value)
         assert value.item() == 1
     finally:
-        torch.distributed.destroy_process_group()
+        if trainers_own:
+            torch.distributed.destroy_process_group()
 
 
 def world():

@@ -20,6 +20,7 @@ from lightning_gym.gym.servers import AttachedGym, NemoGym
 from lightning_gym.policy.endpoint import Endpoint
 from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger
+from lightning_gym.policy.service import PolicyService
 from lightning_gym.rollout import Failure, SamplingProfile
 from lightning_gym.testing import FakeEngine, FakeGym, tiny_tokenizer
 from tests.recording_policy import KEY, completion, recording_policy, row, scenarios
@@ -175,7 +176,7 @@ def circle(request, policy_dir, tokenizer, tmp_path_factory, one_thread):
     engine.update_weights(lambda: None, version=0)
     engine.resume()
     ledger = Ledger()
-    endpoint = Endpoint(engine, policy_dir, ledger, profiles={"train": PROFILE, "eval": PROFILE})
+    endpoint = Endpoint(PolicyService(engine, policy_dir, ledger, {"train": PROFILE, "eval": PROFILE}))
     endpoint.start()
     gym = make_gym(request.param)
     try:
@@ -214,7 +215,7 @@ def test_concurrent_rollouts_keep_their_own_state_and_bring_every_served_id_back
         assert [b.token_ids for b in rollout.bundles] == [call.token_ids for call in served]
         assert [b.logprobs for b in rollout.bundles] == [call.logprobs for call in served]
         for call, later in itertools.pairwise(served):
-            so_far = call.prompt_ids + call.token_ids
+            so_far = [*call.prompt_ids, *call.token_ids]
             assert later.prompt_ids[: len(so_far)] == so_far, "later prompts continue what was emitted"
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gym.policy.parsers import ParsedMessage, ToolCall, parse_hermes
+from lightning_gym.policy.parsers import ParsedMessage, ToolCall, TurnParser, parse_hermes, read_calls, read_thought
 
 ADD = '<tool_call>\n{"name": "add", "arguments": {"n": 2}}\n</tool_call>'
 
@@ -91,3 +91,34 @@ def test_no_text_is_too_odd_to_be_parsed(pieces):
     message = parse_hermes("".join(pieces))
     assert all(isinstance(json.loads(call.arguments), object) for call in message.tool_calls)
     assert message.content != ""
+
+
+# -- parsers one by one
+
+
+def test_what_no_parser_is_named_for_stays_in_the_content():
+    text = f"<think>hm</think>{ADD}"
+    assert TurnParser(None, None).parse(text, {}) == ParsedMessage(content=text)
+    assert TurnParser(None, None).parse("", {}) == ParsedMessage(content=None)
+    assert TurnParser(read_thought, None).parse(text, {}) == ParsedMessage(content=ADD, reasoning="hm")
+    assert TurnParser(None, read_calls).parse(text, {}).content == "<think>hm</think>"
+
+
+def test_a_turn_that_a_parser_gives_up_on_is_content_as_a_whole_counted_and_told_once(caplog):
+    def gives_up(text, _request):
+        raise IndexError("no such group")
+
+    for parser in (TurnParser(gives_up, read_calls), TurnParser(read_thought, gives_up)):
+        caplog.clear()
+        for turn in (1, 2):
+            assert parser.parse("<think>hm</think>4", {}) == ParsedMessage(content="<think>hm</think>4")
+            assert parser.num_unparsed == turn
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            "a parser failed on a sampled turn, which goes to the agent as it is: IndexError('no such group')"
+        ]
+
+
+def test_a_parser_is_told_what_was_asked():
+    asked = []
+    TurnParser(None, lambda text, request: (asked.append(request), (text, []))[1]).parse("x", {"tools": [1]})
+    assert asked == [{"tools": [1]}]

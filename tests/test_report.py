@@ -147,6 +147,21 @@ def test_a_broken_history_is_told_with_its_call_and_reason():
     assert "call 1 opened a new segment (edited_history): message 1: differs" in text
 
 
+def test_a_break_with_its_place_in_tokens_shows_both_sides_and_the_likely_rule():
+    broke = {
+        "kind": "edited_history",
+        "call_index": 1,
+        "detail": "message 2: differs",
+        "token_offset": 17,
+        "expected_text": "<think>\n hm",
+        "got_text": "größe",
+        "likely_rule": "earlier reasoning dropped",
+    }
+    text = report.rollout_text(report.describe_rollout(logged(breaks=[broke]), decode))
+    assert "opened a new segment (edited_history, likely: earlier reasoning dropped): message 2: differs\n" in text
+    assert '    from token 17 on: was "<think>\\n hm", is "größe"\n' in text
+
+
 def test_a_failed_rollout_says_why():
     failed = logged(
         failure={"kind": "timeout", "message": "no answer"}, reward=None, advantage=None, truncated=True, segments=[]

@@ -10,6 +10,16 @@ from lightning_gym.rollout import Failure, FailureKind, Rollout, SpliceBreak
 from lightning_gym.rollout_log import FORMAT, RolloutLog, read_rollout_log
 from lightning_gym.testing import tiny_trajectory
 
+BREAK = {
+    "kind": "branch",
+    "call_index": 1,
+    "detail": "continues call 0",
+    "token_offset": 12,
+    "expected_text": "was",
+    "got_text": "is",
+    "likely_rule": "parallel branch",
+}
+
 
 def rollout(rollout_id="a", **changes):
     values = {
@@ -23,7 +33,7 @@ def rollout(rollout_id="a", **changes):
         "output": [{"type": "message", "content": "größe"}],
         "prompt": [{"role": "user", "content": "count"}],
         "metrics": {"steps": 2.0},
-        "breaks": (SpliceBreak(kind="branch", call_index=1, detail="continues call 0"),),
+        "breaks": (SpliceBreak(**BREAK),),
     }
     return Rollout(**values | changes)
 
@@ -53,7 +63,7 @@ def test_a_rollout_comes_back_as_it_was_written(tmp_path):
         "truncated": False,
         "seconds": 1.2346,
         "failure": None,
-        "breaks": [{"kind": "branch", "call_index": 1, "detail": "continues call 0"}],
+        "breaks": [BREAK],
         "metrics": {"steps": 2.0},
         "prompt": [{"role": "user", "content": "count"}],
         "output": [{"type": "message", "content": "größe"}],

@@ -4,18 +4,14 @@ Each test plays a first call by hand and asks what prompt a second request gets.
 """
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from lightning_gym.gym import wire
 from lightning_gym.policy.chat import ChatFormat
-from lightning_gym.policy.ledger import Served
-from lightning_gym.policy.splice import Splicer, canonical_message, conversation
-from lightning_gym.rollout import Call
 from lightning_gym.testing import tiny_tokenizer
+from tests.game import END, START, Game, spelled, tool, user, words
 
-END = 2
 ADD = '<tool_call>\n{"name": "add", "arguments": {"n":   7, "who": "\\u00e9"}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
@@ -35,81 +31,9 @@ STRIPPING = """\
 """
 
 
-@dataclass
-class Game:
-    """An endpoint's memory of one rollout, without the endpoint."""
-
-    chat: ChatFormat
-    served: list[Served]
-
-    def splice(self, messages, **request):
-        request = {"messages": messages, **request}
-        return Splicer(self.chat).splice(request, conversation(request), self.served)
-
-    def play(self, messages, sampled, **request):
-        """Serve one call that samples `sampled` (text or ids); the reply as a client gets it."""
-        spliced = self.splice(messages, **request)
-        ids = self.chat.encode(sampled) if isinstance(sampled, str) else sampled
-        parsed = self.chat.parse(ids)
-        message = {"role": "assistant", "content": parsed.content}
-        if parsed.reasoning:
-            message["reasoning_content"] = parsed.reasoning
-        if parsed.tool_calls:
-            message["tool_calls"] = [
-                {"id": f"call-{i}", "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-                for i, c in enumerate(parsed.tool_calls)
-            ]
-        call = Call(
-            index=len(self.served),
-            prompt_ids=spliced.prompt_ids,
-            token_ids=ids,
-            logprobs=[-1.0] * len(ids),
-            finish_reason="stop" if ids and ids[-1] == END else "length",
-            weight_version=0,
-        )
-        said = conversation({"messages": messages, **request})
-        self.served.append(
-            Served(call=call, messages=said.messages, reply=canonical_message(message), context=said.context)
-        )
-        bundle = {wire.PROMPT_TOKEN_IDS: spliced.prompt_ids, wire.GENERATION_TOKEN_IDS: ids}
-        return message | bundle | {wire.GENERATION_LOG_PROBS: call.logprobs}
-
-    def emitted(self, index=-1):
-        call = self.served[index].call
-        return [*call.prompt_ids, *call.token_ids]
-
-    def whole(self, messages, **request):
-        return self.chat.encode(self.chat.render(messages, request.get("tools")))
-
-
 @pytest.fixture
 def game(policy_dir):
-    return Game(ChatFormat(policy_dir), [])
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def tool(content, call_id="call-0"):
-    return {"role": "tool", "content": content, "tool_call_id": call_id}
-
-
-def words(*messages):
-    """What ChatML writes after a sampled turn end: these messages and the next turn's start."""
-    return (
-        "\n"
-        + "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        + "<|im_start|>assistant\n"
-    )
-
-
-def spelled(game, text):
-    """Ids of a text that the tokenizer would merge, letter by letter: what a policy may sample and no encoder gives."""
-    return [token for letter in text for token in game.chat.encode(letter)]
-
-
-START = [{"role": "system", "content": "Be brief."}, user("Hello")]
+    return Game(ChatFormat(policy_dir))
 
 
 # -- it goes on
@@ -126,7 +50,7 @@ def test_a_request_that_goes_on_gets_the_emitted_ids_and_only_the_new_text_is_en
     sampled = [*spelled(game, "assistant\n"), END]
     reply = game.play(START, sampled)
     spliced = game.splice([*START, reply, user(answer)])
-    tail = game.chat.encode(words(user(answer)))
+    tail = game.chat.encode("\n" + game.chat.render([user(answer)]))
     assert spliced.prompt_ids == [*game.emitted(), *tail]
     assert (spliced.num_encoded, spliced.broke) == (len(tail), None)
     assert game.chat.encode(game.chat.decode(sampled)) != sampled
@@ -143,7 +67,7 @@ def test_a_turn_that_ended_with_the_other_stop_id_is_still_closed_by_the_turn_en
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path)
-    game = Game(ChatFormat(tmp_path), [])
+    game = Game(ChatFormat(tmp_path))
     end_of_text = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     reply = game.play(START, [*game.chat.encode("Hi"), end_of_text])
     assert reply["content"] == "Hi"
@@ -241,7 +165,7 @@ def test_reasoning_that_the_template_drops_from_earlier_turns_stays_in_the_ids(t
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = STRIPPING
     tokenizer.save_pretrained(tmp_path)
-    game = Game(ChatFormat(tmp_path), [])
+    game = Game(ChatFormat(tmp_path))
     reply = game.play(START, "<think>\nhm\n</think>\n\nHi<|im_end|>")
     assert (reply["reasoning_content"], reply["content"]) == ("hm", "Hi")
     messages = [*START, reply, user("more")]
@@ -393,7 +317,7 @@ def test_a_template_that_writes_no_turn_end_after_this_turn_opens_a_new_segment(
         "{% for m in messages %}{{ m.content }}{{ '<|im_end|>' if messages | length < 3 else '\\n' }}{% endfor %}"
     )
     tokenizer.save_pretrained(tmp_path)
-    game = Game(ChatFormat(tmp_path), [])
+    game = Game(ChatFormat(tmp_path))
     reply = game.play([user("Hello")], [*game.chat.encode("Hi"), END])
     messages = [user("Hello"), reply, user("more")]
     spliced = game.splice(messages)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gym.errors import ConfigError, TaskError
-from lightning_gym.tasks import TaskCursor, check_agents, read_tasks, shard
+from lightning_gym.tasks import TaskCursor, blend_turns, check_agents, read_tasks, shard
 
 AGENT = {"type": "responses_api_agents", "name": "counter"}
 ROW = {"responses_create_params": {"input": "count"}, "agent_ref": AGENT, "target": 3}
@@ -184,3 +184,65 @@ def test_ranks_share_one_deal_each_task_whole_to_one_of_them(num_ranks, per_rank
     assert all(len(share) == per_rank for share in shares)
     together = sorted((d.group_id, d.task.index) for share in shares for d in share)
     assert together == deal(TaskCursor(tasks(5), seed=1), count)
+
+
+# -- several environments in one run
+
+
+def tasks_of(**counts):
+    rows = [task_row(agent) for agent, count in counts.items() for _ in range(count)]
+    return read_tasks(rows)
+
+
+def task_row(agent):
+    return {"responses_create_params": {"input": "x"}, "agent_ref": {"type": "responses_api_agents", "name": agent}}
+
+
+def test_agents_are_dealt_in_proportion_to_their_weights_at_every_position():
+    cursor = TaskCursor(tasks_of(math=3, tools=50), agent_weights={"math": 3, "tools": 1})
+    dealt = [one.task.agent for one in cursor.peek(400)]
+    for position in range(1, 401):
+        assert abs(dealt[:position].count("math") - 0.75 * position) <= 1
+
+
+@given(
+    weights=st.dictionaries(st.sampled_from("abcde"), st.floats(0.01, 100), min_size=1),
+    start=st.integers(0, 300),
+    count=st.integers(1, 40),
+)
+def test_a_blend_is_the_same_wherever_it_is_entered(weights, start, count):
+    assert blend_turns(weights, start, count) == blend_turns(weights, 0, start + count)[start:]
+
+
+def test_every_task_of_an_agent_is_dealt_once_before_any_comes_again():
+    tasks = tasks_of(math=3, tools=5)
+    dealt = TaskCursor(tasks, agent_weights={"math": 1, "tools": 1}).peek(30)
+    of_math = [one.task.index for one in dealt if one.task.agent == "math"]
+    assert [sorted(of_math[i : i + 3]) for i in range(0, 15, 3)] == [[0, 1, 2]] * 5
+
+
+def test_a_blend_resumes_from_its_position_alone():
+    tasks = tasks_of(math=3, tools=5)
+    whole = TaskCursor(tasks, agent_weights={"math": 1, "tools": 2.5}).peek(50)
+    resumed = TaskCursor(tasks, agent_weights={"math": 1, "tools": 2.5})
+    resumed.position = 20
+    assert resumed.peek(30) == whole[20:]
+
+
+def test_an_agent_without_a_weight_is_not_dealt():
+    cursor = TaskCursor(tasks_of(math=3, tools=5), agent_weights={"tools": 1})
+    assert {one.task.agent for one in cursor.peek(20)} == {"tools"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"maths": 1}, "'maths', but the tasks are for math, tools"),
+        ({"math": 0}, "'math' is 0; expected a positive number"),
+        ({"math": float("nan")}, "expected a positive number"),
+        ({}, "name at least one agent"),
+    ],
+)
+def test_weights_that_deal_nothing_are_refused(weights, words):
+    with pytest.raises(ConfigError, match=words):
+        TaskCursor(tasks_of(math=1, tools=1), agent_weights=weights)

@@ -61,36 +61,68 @@ def test_a_segment_goes_on_only_where_the_prompt_starts_with_everything_before(s
     assert sum(segment.num_trained for segment in segments) == 3
 
 
+def test_conversations_that_are_interleaved_are_told_apart_and_the_longest_beginning_wins():
+    main = call([1, 10, 7], [20, 2])
+    sub_agent = call([1, 11, 7], [21, 2], index=1)
+    main_goes_on = call([1, 10, 7, 20, 2, 30, 7], [22, 2], index=2)
+    sub_agent_goes_on = call([1, 11, 7, 21, 2, 31, 7], [23, 2], index=3)
+    a_step_back = call([1, 10, 7, 20, 2, 30, 7], [24, 2], index=4)
+    from_there = call([1, 10, 7, 20, 2, 30, 7, 24, 2, 32], [25], index=5)
+    calls = (main, sub_agent, main_goes_on, sub_agent_goes_on, a_step_back, from_there)
+    segments = trajectories(rollout(*calls))
+    assert [segment.token_ids.tolist() for segment in segments] == [
+        [1, 10, 7, 20, 2, 30, 7, 22, 2],
+        [1, 11, 7, 21, 2, 31, 7, 23, 2],
+        [1, 10, 7, 20, 2, 30, 7, 24, 2, 32, 25],
+    ]
+    assert [segment.token_ids[segment.loss_mask].tolist() for segment in segments] == [
+        [20, 2, 22, 2],
+        [21, 2, 23, 2],
+        [24, 2, 25],
+    ]
+
+
+def test_of_two_beginnings_of_a_prompt_the_longer_one_is_joined():
+    """A sample that was cut, and another from the same prompt that said the same and went on."""
+    calls = (call([1], [2]), call([1], [2, 3], index=1), call([1, 2, 3, 4], [5], index=2))
+    segments = trajectories(rollout(*calls))
+    assert [segment.token_ids.tolist() for segment in segments] == [[1, 2], [1, 2, 3, 4, 5]]
+    assert [segment.loss_mask.tolist() for segment in segments] == [[False, True], [False, True, True, False, True]]
+
+
 ids = st.lists(st.integers(0, 4), min_size=1, max_size=4)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), ids, ids), min_size=1, max_size=8))
+@given(st.lists(st.tuples(st.integers(-3, 7), ids, ids), min_size=1, max_size=8))
 def test_every_call_is_found_whole_and_every_sampled_token_trains_once(turns):
-    """A small alphabet, so that prompts go on by accident too."""
-    calls, seen = [], []
-    for index, (goes_on, words, tokens) in enumerate(turns):
-        prompt = seen + words if goes_on else words
+    """A call begins anew, or goes on from any earlier one; a small alphabet, so that prompts go on by accident too."""
+    calls = []
+    for index, (parent, words, tokens) in enumerate(turns):
+        start = [*calls[parent].prompt_ids, *calls[parent].token_ids] if 0 <= parent < index else []
         logprobs = [-(index * 100 + i) / 8 for i in range(len(tokens))]
-        calls.append(call(prompt, tokens, index=index, logprobs=logprobs, version=index))
-        seen = prompt + tokens
+        calls.append(call([*start, *words], tokens, index=index, logprobs=logprobs, version=index))
     segments = trajectories(rollout(*calls))
     assert sum(segment.num_trained for segment in segments) == sum(len(c.token_ids) for c in calls)
-    waiting = iter(segments)
-    segment, start = next(waiting), 0
+    ends = {}  # by segment, where its calls so far end
     for one in calls:
         whole = [*one.prompt_ids, *one.token_ids]
-        if start and (one.prompt_ids[:start] != segment.token_ids[:start].tolist() or len(one.prompt_ids) < start):
-            assert start == len(segment)
-            segment, start = next(waiting), 0
-        assert segment.token_ids[: len(whole)].tolist() == whole
         span = slice(len(one.prompt_ids), len(whole))
-        assert not segment.loss_mask[start : len(one.prompt_ids)].any()
-        assert segment.loss_mask[span].all()
-        assert segment.rollout_logprobs[span].tolist() == one.logprobs
-        assert (segment.weight_versions[span] == one.weight_version).all()
-        start = len(whole)
-    assert next(waiting, None) is None
+        (home,) = [
+            segment
+            for segment in segments
+            if (segment.weight_versions == one.weight_version).any()  # each call has a version of its own
+        ]
+        assert home.token_ids[: len(whole)].tolist() == whole
+        assert np.flatnonzero(home.weight_versions == one.weight_version).tolist() == list(range(span.start, span.stop))
+        assert home.loss_mask[span].all()
+        assert home.rollout_logprobs[span].tolist() == one.logprobs
+        continued = [s for s, end in ends.items() if segments[s].token_ids[:end].tolist() == one.prompt_ids[:end]]
+        longest = max((ends[s] for s in continued), default=0)
+        assert ends.get(home.segment, 0) == longest, "it joins the longest beginning of its prompt"
+        assert not home.loss_mask[longest : span.start].any()
+        ends[home.segment] = len(whole)
+    assert [segment.segment for segment in segments] == list(range(len(segments)))
 
 
 def test_a_rollout_without_calls_has_no_trajectory():

@@ -2,11 +2,16 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from lightning_gym.errors import ConfigError
 from lightning_gym.gym import wire
+from lightning_gym.gym.number_arrays import NumberArray
+from lightning_gym.policy.ledger import SharedIds
 from lightning_gym.rollout import SamplingProfile
 
 SAMPLES = Path(__file__).parent / "gym_samples"
@@ -188,17 +193,122 @@ def test_an_answer_that_does_not_repeat_the_prompt_is_read_without_one(echo):
         (answer(reward=float("nan")), "`reward`.*got nan"),
         (answer(reward=float("inf")), "`reward`.*got inf"),
         ({key: value for key, value in answer().items() if key != "reward"}, "`reward`.*got None"),
-        (with_item(prompt_token_ids=None), "output item 0 has an incomplete token bundle"),
-        (with_item(prompt_token_ids=[]), "incomplete token bundle"),
-        (with_item(generation_log_probs=None), "incomplete token bundle"),
-        (with_item(generation_log_probs=[-0.5, -0.5]), "incomplete token bundle.*'generation_log_probs': 2"),
-        (with_item(generation_token_ids=7), "token bundle"),
         (answer(response={"output": ["text"]}), "output item 0"),
     ],
 )
 def test_a_malformed_answer_is_refused_by_its_key(body, said):
     with pytest.raises(ValueError, match=said):
         wire.read_run_response(body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({"prompt_token_ids": None}, (0, 1, 1)),
+        ({"prompt_token_ids": []}, (0, 1, 1)),
+        ({"generation_log_probs": None}, (2, 1, 0)),
+        ({"generation_log_probs": [-0.5, -0.5]}, (2, 1, 2)),
+        ({"generation_token_ids": 7}, (2, 0, 1)),
+        ({"generation_token_ids": None}, (2, 0, 1)),
+    ],
+)
+def test_a_part_of_the_ids_is_read_as_it_is_and_is_not_whole(changes, lengths):
+    (bundle,) = wire.read_run_response(with_item(**changes)).bundles
+    assert (len(bundle.prompt_ids), len(bundle.token_ids), len(bundle.logprobs)) == lengths
+    assert not bundle.is_whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict.fromkeys(wire.TOKEN_BUNDLE),
+        {key: [] for key in wire.TOKEN_BUNDLE},
+        {"generation_token_ids": [], "generation_log_probs": []},
+        {"generation_token_ids": [], "generation_log_probs": None},
+    ],
+)
+def test_an_item_without_ids_or_with_none_sampled_is_no_call(changes):
+    assert wire.read_run_response(with_item(**changes)).bundles == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "masked"),
+    [
+        ({}, False),
+        ({"mask_sample": True}, True),
+        ({"mask_sample": False}, False),
+        ({"mask_sample": None, "instance_config": None}, False),
+        ({"instance_config": {"mask_sample": True}}, True),
+        ({"instance_config": {"mask_sample": False}}, False),
+    ],
+)
+def test_what_the_environment_wants_masked_is(changes, masked):
+    assert wire.read_run_response(answer(**changes)).masked is masked
+
+
+def test_the_parts_of_a_reward_are_kept_by_name():
+    played = wire.read_run_response(answer(reward_components={"correct": 1, "format": 0.5, "note": "x"}, steps=2))
+    assert (played.reward_components, played.metrics) == ({"correct": 1.0, "format": 0.5}, {"steps": 2.0})
+    assert wire.read_run_response(answer(reward_components=None)).reward_components == {}
+
+
+@pytest.mark.parametrize("part", ["input_image", "image_url"])
+def test_an_image_is_refused_where_a_row_is_sent_and_where_its_prompt_is_measured(part):
+    items = [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": part, "image_url": "u"}]}]
+    said = f"input item 1 has a part of type '{part}'; the policy reads text only"
+    with pytest.raises(ConfigError, match=said):
+        sent_params({"responses_create_params": {"input": items}})
+    with pytest.raises(ConfigError, match=said):
+        wire.input_messages(items)
+
+
+# -- the bytes
+
+
+def test_ids_stay_text_until_asked_for_and_everything_else_is_decoded():
+    body = with_item(text='"generation_token_ids":[1]', routed_experts=[[1, 2]])
+    body["responses_create_params"]["input"] = [{"role": "user", "content": "x", "prompt_token_ids": [1]}]
+    for content in (json.dumps(body).encode(), json.dumps(body, indent=2).encode(), msgspec.json.encode(body)):
+        decoded = wire.decode_run_response(content)
+        item = decoded["response"]["output"][0]
+        assert isinstance(item["prompt_token_ids"], NumberArray)
+        assert item["text"] == '"generation_token_ids":[1]'
+        assert wire.read_run_response(decoded) == wire.read_run_response(body)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[1], 2], ["a]", 1], ["]", "]"], [{"a": [1]}], [], [None], "text", 7, None, {"": 0}, {"": 99}, [1e400]],
+    ids=str,
+)
+def test_whatever_stands_in_the_place_of_ids_is_read_as_from_the_whole_document(ids):
+    body = with_item(prompt_token_ids=ids)
+    content = json.dumps(body).replace("Infinity", "1e400").encode()
+    decoded = wire.decode_run_response(content)
+    found = decoded["response"]["output"][0]["prompt_token_ids"]
+    if isinstance(found, NumberArray):
+        assert len(found) == len(ids)
+    wire.read_run_response(decoded)
+
+
+def test_an_array_of_text_equals_every_sequence_of_its_numbers_and_no_other():
+    array = NumberArray(b"[1, 2.50,3]")
+    assert array == [1, 2.5, 3] == list(array) == array[:]
+    assert array == (1, 2.5, 3)
+    assert array == NumberArray(b"[1,2.50,3]")
+    assert [SharedIds([1, 10])] == [NumberArray(b"[1,10]")] == [SharedIds([1, 10])]
+    assert (len(array), array[1], bool(array), bool(NumberArray(b"[ ]"))) == (3, 2.5, True, False)
+    for other in ([1, 2.5], [1, 2.5, 4], [], "123", b"[1, 2.50,3]", None, 3):
+        assert array != other
+    assert len([value for value in NumberArray(b"[1,,2]") if math.isnan(value)]) == 3
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"prompt_token_ids": [1', b"[1]", b"null", b'{"response": {"output": 1}}']
+)
+def test_bytes_that_are_no_result_end_in_a_value_error(content):
+    with pytest.raises(ValueError, match=r"response|truncated|JSON"):
+        wire.read_run_response(wire.decode_run_response(content))
 
 
 # -- the first turn, as Gym's model server would send it
@@ -209,13 +319,13 @@ def test_rows_inputs_and_tools_are_translated_as_gym_does():
     items = [
         {"role": "developer", "content": "d", "type": "message"},
         {"type": "reasoning", "summary": []},
-        {"role": "user", "content": [{"type": "input_text", "text": "t"}, {"type": "input_image", "image_url": "u"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "t"}, {"type": "refusal", "refusal": "u"}]},
     ]
     assert wire.input_messages(items) == [
         {"role": "developer", "content": "d"},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "t"}, {"type": "input_image", "image_url": "u"}],
+            "content": [{"type": "text", "text": "t"}, {"type": "refusal", "refusal": "u"}],
         },
     ]
     assert wire.chat_tools(None) is None

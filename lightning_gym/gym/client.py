@@ -11,7 +11,7 @@ import ast
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -20,14 +20,15 @@ import httpx
 import msgspec
 from httpx_aiohttp import AiohttpTransport
 
-from lightning_gym.errors import GymError
+from lightning_gym.errors import ConfigError, GymError
 from lightning_gym.gym import wire
-from lightning_gym.rollout import Failure, FailureKind, SamplingProfile
+from lightning_gym.rollout import Failure, FailureKind, Rollout, SamplingProfile
 
 _CONNECT_TIMEOUT_S = 10.0
 _GATEWAY_ERRORS = frozenset((429, 502, 503, 504))
 _MAX_HOPS = 5
-_OUR_ERROR = "invalid_request_error"  # the endpoint's error type; Gym nests the text, escaped once per hop
+_MAX_WORDS = 400
+_OUR_TYPE = "invalid_request_error"  # of every refusal of our endpoint
 
 
 class GymClient:
@@ -44,6 +45,8 @@ class GymClient:
         self.agents: dict[str, str] = {}
         """Agent name -> base URL, known after `connect`."""
         self.rollout_timeout_s = rollout_timeout_s
+        self.in_flight: dict[str, float] = {}
+        """When each rollout that is being played was sent, by ``time.perf_counter``."""
         self._head_url = head_url.rstrip("/")
         self._slots = asyncio.Semaphore(max_concurrency)
         timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
@@ -77,16 +80,34 @@ class GymClient:
             ) from error
 
     async def run(
-        self, agent: str, row: Mapping[str, Any], rollout_id: str, profile: SamplingProfile, seed: int
+        self,
+        agent: str,
+        row: Mapping[str, Any],
+        rollout_id: str,
+        profile: SamplingProfile,
+        seed: int,
+        *,
+        tell_policy: bool = True,
     ) -> tuple[wire.Played | Failure, float]:
         """Play one rollout.
+
+        Args:
+            agent: who plays it.
+            row: of the dataset.
+            rollout_id: what the endpoint's ledger knows it by.
+            profile: how its turns are sampled.
+            seed: of its first call.
+            tell_policy: whether calls carry the rollout id; ``False`` where the endpoint keeps no page for it.
 
         Returns:
             What was played, or why it failed; and the seconds it took, waiting for a free slot excluded.
         """
-        body = msgspec.json.encode(wire.run_request(row, rollout_id, profile, seed))
+        try:
+            body = msgspec.json.encode(wire.run_request(row, rollout_id if tell_policy else None, profile, seed))
+        except ConfigError as error:
+            return Failure(kind=FailureKind.ENVIRONMENT, message=str(error)), 0.0
         async with self._slots:
-            start = time.perf_counter()
+            start = self.in_flight[rollout_id] = time.perf_counter()
             try:
                 async with asyncio.timeout(self.rollout_timeout_s):
                     response = await self._http.post(
@@ -98,7 +119,23 @@ class GymClient:
                 played = Failure(kind=FailureKind.TIMEOUT, message=message)
             except httpx.TransportError as error:
                 played = Failure(kind=FailureKind.INFRA, message=f"{agent}: {error!r}")
+            finally:
+                del self.in_flight[rollout_id]
             return played, time.perf_counter() - start
+
+    async def aggregate(self, agent: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """What an agent's environment makes of several rollouts together, by Gym's names.
+
+        Raises:
+            GymError: the agent does not answer.
+        """
+        url = f"{self.agents[agent]}/aggregate_metrics"
+        try:
+            response = await self._http.post(url, json=wire.aggregate_request(rollouts), timeout=self.rollout_timeout_s)
+            response.raise_for_status()
+            return wire.read_aggregate_response(msgspec.json.decode(response.content))
+        except (httpx.HTTPError, msgspec.DecodeError) as error:
+            raise GymError(f"{url} gives no metrics: {error!r}") from error
 
     async def close(self) -> None:
         """Close every connection."""
@@ -107,18 +144,33 @@ class GymClient:
 
 def _read(response: httpx.Response) -> wire.Played | Failure:
     status = response.status_code
-    if status in _GATEWAY_ERRORS:
-        return Failure(kind=FailureKind.INFRA, message=f"HTTP {status}: {innermost(response.text)}")
     if status != httpx.codes.OK:
-        kind = FailureKind.POLICY if _OUR_ERROR in response.text else FailureKind.ENVIRONMENT
-        return Failure(kind=kind, message=f"HTTP {status}: {innermost(response.text)}")
+        words = _unwrapped(response.text)
+        kind = FailureKind.POLICY if _is_our_refusal(words) else FailureKind.ENVIRONMENT
+        if status in _GATEWAY_ERRORS:
+            kind = FailureKind.INFRA
+        return Failure(kind=kind, message=f"HTTP {status}: {_cut(words)}")
     try:
-        return wire.read_run_response(msgspec.json.decode(response.content))
+        body = wire.decode_run_response(response.content)
+        return wire.read_failure(body) or wire.read_run_response(body)
     except ValueError as error:  # msgspec's DecodeError is one
         return Failure(kind=FailureKind.ENVIRONMENT, message=str(error))
 
 
-def innermost(text: str, limit: int = 400) -> str:
+def _is_our_refusal(words: str) -> bool:
+    """Whether an error's innermost words are the whole of what our endpoint answers when it refuses.
+
+    An environment that speaks to a model of its own may quote such an error, or pass on OpenAI's, which has more keys
+    and no number as its code.
+    """
+    try:
+        error = msgspec.json.decode(words)["error"]
+        return set(error) == {"message", "type", "code"} and (error["type"], type(error["code"])) == (_OUR_TYPE, int)
+    except (msgspec.DecodeError, TypeError, KeyError):
+        return False
+
+
+def innermost(text: str, limit: int = _MAX_WORDS) -> str:
     r"""The innermost text of an error that crossed several Gym servers.
 
     Every hop answers with a JSON string that ends in ``calling an inner server: b'...'``, a Python bytes literal of
@@ -128,6 +180,14 @@ def innermost(text: str, limit: int = 400) -> str:
         >>> innermost("\"Hit an exception in Agent calling an inner server: b'no such count'\"")
         'no such count'
     """
+    return _cut(_unwrapped(text), limit)
+
+
+def _cut(text: str, limit: int = _MAX_WORDS) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _unwrapped(text: str) -> str:
     for _ in range(_MAX_HOPS):
         text = _json_text(text)
         _, found, literal = text.partition("calling an inner server: ")
@@ -137,7 +197,7 @@ def innermost(text: str, limit: int = 400) -> str:
             text = ast.literal_eval(literal).decode(errors="replace")
         except (ValueError, SyntaxError, AttributeError):  # cut off, or worded otherwise: what there is says enough
             break
-    return text if len(text) <= limit else text[:limit] + "..."
+    return text
 
 
 def _json_text(text: str) -> str:

@@ -102,7 +102,7 @@ class Engine(Protocol):
         ...
 
     def pause(self) -> None:
-        """Stop stepping. Requests still running are aborted: a collection never spans two weight versions."""
+        """Stop stepping. Requests that run or wait get a `RequestAbortedError`: none spans two weight versions."""
         ...
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -112,12 +112,30 @@ class Engine(Protocol):
     def weight_views(self) -> Mapping[str, "torch.Tensor"]:
         """Hugging Face name -> the tensor the engine computes with, or the slice of it that the name stands for.
 
-        Writing into a view inside `update_weights` is the weight update. Tied weights appear once.
+        Writing into a view inside `update_weights` is the weight update. Tied weights appear once. Cheap after the
+        first call, which is how a sync finds out that the engine computes with other tensors than it did before.
+
+        Raises:
+            WeightSyncError: the engine holds the weights in a form of its own (quantised, mixture of experts, sharded);
+                says which, and leaves `load_weights`.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+        """Load a whole checkpoint's tensors by Hugging Face name, tied ones under every name.
+
+        Only inside the `write` of `update_weights`.
+
+        Raises:
+            WeightSyncError: a tensor is missing, has no place in the engine, or another shape; the engine is then
+                unusable.
         """
         ...
 
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:
         """Run `write` with nothing in flight, drop every cache computed with old weights, then take `version`.
+
+        `write` may call `weight_views` and `load_weights`. If it raises, the engine keeps the version it had.
 
         Raises:
             WeightSyncError: requests are in flight, or a cache could not be dropped.

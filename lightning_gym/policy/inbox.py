@@ -12,7 +12,6 @@ class Inbox:
     """Brings results from the engine's thread to the loop's, one wake-up for all that arrive together."""
 
     def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop
         self._results: deque[tuple[asyncio.Future[Generation], Generation | BaseException]] = deque()
         self._waking = False
 
@@ -21,7 +20,7 @@ class Inbox:
         if not self._waking:
             self._waking = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-                self.loop.call_soon_threadsafe(self._empty)
+                future.get_loop().call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
         self._waking = False  # before the deque is read: a result put after this line wakes the loop again

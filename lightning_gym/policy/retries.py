@@ -29,9 +29,15 @@ class _Pending(Generic[_T]):
 
 
 class PendingAnswers(Generic[_T]):
-    """Shares answers between identical requests. Belongs to one event loop."""
+    """Shares answers between identical requests. Belongs to one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        delivered: called once with each answer that somebody gets, just before it is handed over; not with those that
+            nobody asked for again.
+    """
+
+    def __init__(self, delivered: Callable[[_T], None]) -> None:
+        self._delivered = delivered
         self._pending: dict[Any, _Pending[_T]] = {}
 
     def __len__(self) -> int:
@@ -59,8 +65,11 @@ class PendingAnswers(Generic[_T]):
             await asyncio.wait({pending.task, watch}, return_when=asyncio.FIRST_COMPLETED)
             if watch.done():
                 raise ClientGoneError
-            self._forget(key, pending)
-            return await asyncio.shield(pending.task)
+            first = self._forget(key, pending)
+            answer = pending.task.result()
+            if first:
+                self._delivered(answer)
+            return answer
         finally:
             watch.cancel()
             pending.waiting -= 1
@@ -68,10 +77,11 @@ class PendingAnswers(Generic[_T]):
                 asyncio.get_running_loop().call_later(GRACE_S, self._give_up, key, pending)
 
     def _give_up(self, key: Any, pending: _Pending[_T]) -> None:
-        if not pending.waiting:
-            pending.task.cancel()
-            self._forget(key, pending)
+        if not pending.waiting and self._forget(key, pending):
+            pending.task.cancel()  # of a finished one too: asyncio then does not report an error that nobody saw
 
-    def _forget(self, key: Any, pending: _Pending[_T]) -> None:
-        if self._pending.get(key) is pending:
-            del self._pending[key]
+    def _forget(self, key: Any, pending: _Pending[_T]) -> bool:
+        if self._pending.get(key) is not pending:
+            return False
+        del self._pending[key]
+        return True

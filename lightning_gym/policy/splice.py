@@ -15,26 +15,19 @@ Had the first call run into its token limit after ``[20, 21]``, the template's o
 token, which never trains.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gym.gym import wire
+from lightning_gym.errors import ConfigError
+from lightning_gym.policy import breaks
 from lightning_gym.policy.chat import ChatFormat
+from lightning_gym.policy.conversation import Claim, Conversation, claimed_ids, last_claim
 from lightning_gym.policy.ledger import Served
 from lightning_gym.rollout import SpliceBreak
 
-Canonical = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """What shapes a prompt, in comparable form."""
-
-    messages: tuple[Canonical, ...]
-    context: Canonical
-    """Tools and template arguments."""
+OwnerOf = Callable[[Any, Any], str | None]
+"""(prompt ids, sampled ids) -> the rollout that was given exactly these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,129 +37,113 @@ class Spliced:
     prompt_ids: list[int]
     num_encoded: int
     """Tokens that were tokenized for this prompt; the rest was known."""
+    continues: Served | None
+    """The call whose ids the prompt begins with."""
     broke: SpliceBreak | None
 
 
-def canonical_message(message: Mapping[str, Any]) -> Canonical:
-    """A message reduced to what it says; ids, nulls and empty lists do not count.
-
-    Example:
-        >>> canonical_message({"role": "assistant", "content": None, "tool_calls": []})
-        ('assistant', '', '', (), None)
-    """
-    role = message.get("role")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part["text"] if part.get("type") == "text" else repr(part) for part in content)
-    content = content or ""
-    reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
-    calls = tuple(
-        (call["function"]["name"], _canonical_arguments(call["function"]["arguments"]))
-        for call in message.get("tool_calls") or ()
-    )
-    if role == "assistant":  # Gym joins and re-splits assistant text, which may trim its ends
-        content, reasoning = content.strip(), reasoning.strip()
-    return (role, content, reasoning, calls, message.get("tool_call_id"))
-
-
-def _canonical_arguments(arguments: Any) -> str:
-    """A call's arguments however a client spaces, orders or escapes their JSON: the ids say how they were sampled."""
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return arguments
-    return json.dumps(arguments, sort_keys=True)
-
-
-def conversation(request: Mapping[str, Any]) -> Conversation:
-    """The conversation of a chat request."""
-    return Conversation(
-        messages=tuple(canonical_message(message) for message in request["messages"]),
-        context=(repr(request.get("tools") or None), repr(request.get("chat_template_kwargs") or None)),
-    )
-
-
 class Splicer:
-    """Turns requests into prompt ids. Belongs to the thread of its `ChatFormat`."""
+    """Turns requests into prompt ids. Belongs to the thread of its `ChatFormat`.
 
-    def __init__(self, chat: ChatFormat) -> None:
+    Args:
+        chat: the model's chat template.
+        owner_of: finds whose ids a client sent, for the record; nobody's where it is not given.
+    """
+
+    def __init__(self, chat: ChatFormat, owner_of: OwnerOf = lambda _prompt, _tokens: None) -> None:
         self._chat = chat
+        self._owner_of = owner_of
 
     def splice(self, request: Mapping[str, Any], said: Conversation, served: Sequence[Served]) -> Spliced:
-        """Prompt ids of `request`, continuing one of the calls `served` to the same rollout where that is exact.
+        """Prompt ids of `request`, continuing one of the calls `served` to the same client where that is exact.
+
+        Args:
+            request: OpenAI's chat request.
+            said: its conversation.
+            served: the calls that may be continued, in order: those of the same rollout.
 
         Raises:
             ConfigError: the chat template refuses the messages.
         """
-        found = _extended_call(request["messages"], said, served)
-        if isinstance(found, SpliceBreak):
-            return self._whole(request, found)
-        if found is None:
-            return self._whole(request, None)
-        index = len(found.messages)
-        tail = self._chat.render_after(
-            request["messages"], index, request.get("tools"), request.get("chat_template_kwargs")
-        )
+        found, broke = self._extended_call(request["messages"], said, served)
+        if found:
+            new_ids = self._tail_ids(request, said, found)
+            if isinstance(new_ids, list):
+                prompt_ids = [*found.call.prompt_ids[:], *found.call.token_ids, *new_ids]
+                if broke:
+                    broke = breaks.with_tokens(broke, prompt_ids, served[-1], self._chat.decode)
+                return Spliced(prompt_ids=prompt_ids, num_encoded=len(new_ids), continues=found, broke=broke)
+            broke = SpliceBreak(kind="template", call_index=len(served), detail=new_ids, likely_rule="no turn end")
+        return self._whole(request, said, served, broke)
+
+    def _tail_ids(self, request: Mapping[str, Any], said: Conversation, found: Served) -> list[int] | str:
+        """Ids of what the template writes after the call `found`; in words, why that is not to be had."""
+        index = len(found.told.messages) - 1
+        prepared = [message.prepared for message in said.messages]
+        try:
+            tail = self._chat.render_after(prepared, index, said.prepared_tools, request.get("chat_template_kwargs"))
+        except ConfigError as error:
+            return str(error)
         turn_end = self._chat.turn_end_text
         if tail is None or not tail.startswith(turn_end):
-            detail = (
-                f"after the assistant's words the template writes {(tail or '')[:80]!r}, expected {turn_end!r} first"
-            )
-            return self._whole(request, SpliceBreak(kind="template", call_index=len(served), detail=detail))
-        call = found.call
-        if call.token_ids and call.token_ids[-1] == self._chat.turn_end_id:
-            tail = tail[len(turn_end) :]
-        new_ids = self._chat.encode(tail)
-        broke = None
-        if found is not served[-1]:
-            detail = f"continues call {call.index}, not the latest call {served[-1].call.index}"
-            broke = SpliceBreak(kind="branch", call_index=len(served), detail=detail)
-        return Spliced(prompt_ids=[*call.prompt_ids, *call.token_ids, *new_ids], num_encoded=len(new_ids), broke=broke)
+            return f"after the assistant's words the template writes {(tail or '')[:80]!r}, expected {turn_end!r} first"
+        # Encoded with the turn's end in front, which is special: nothing merges across it, and whatever a tokenizer
+        # does at the beginning of a text it does before it.
+        ids = self._chat.encode(tail)
+        ended = found.call.token_ids and found.call.token_ids[-1] == self._chat.turn_end_id
+        return ids[1:] if ended else ids
 
-    def _whole(self, request: Mapping[str, Any], broke: SpliceBreak | None) -> Spliced:
+    def _whole(
+        self, request: Mapping[str, Any], said: Conversation, served: Sequence[Served], broke: SpliceBreak | None
+    ) -> Spliced:
         text = self._chat.render(request["messages"], request.get("tools"), request.get("chat_template_kwargs"))
         ids = self._chat.encode(text)
-        return Spliced(prompt_ids=ids, num_encoded=len(ids), broke=broke)
+        if broke:
+            closest = breaks.closest_call(said, served) if served else None
+            broke = breaks.with_tokens(broke, ids, closest, self._chat.decode)
+        return Spliced(prompt_ids=ids, num_encoded=len(ids), continues=None, broke=broke)
+
+    def _extended_call(
+        self, messages: Sequence[Mapping[str, Any]], said: Conversation, served: Sequence[Served]
+    ) -> tuple[Served | None, SpliceBreak | None]:
+        """The latest served call that the request extends, and why it is not the latest of all."""
+        broke: SpliceBreak | None = None
+        for candidate in reversed(served):
+            told = candidate.told
+            if said.messages[: len(told.messages)] != told.messages:
+                continue
+            if said.tools != told.tools or said.template_kwargs != told.template_kwargs:
+                broke = broke or breaks.changed_context(said, told, len(served))
+                continue
+            index = len(told.messages) - 1
+            claim = claimed_ids(messages[index])
+            if claim is not None and not _is_of(claim, candidate):
+                broke = broke or self._unknown_ids(index, claim, served)
+                continue
+            if candidate is not served[-1]:
+                broke = broke or breaks.branched(said, candidate, served[-1], len(served))
+            return candidate, broke
+        last = last_claim(messages)
+        if not broke and last and not any(_is_of(last[1], one) for one in served):
+            broke = self._unknown_ids(*last, served)
+        if not broke and served:
+            broke = breaks.edited(said, breaks.closest_call(said, served), len(served))
+        return None, broke
+
+    def _unknown_ids(self, index: int, claim: Claim, served: Sequence[Served]) -> SpliceBreak:
+        stale = next((one for one in served if _is_of(claim, one)), None)
+        if stale:
+            detail = f"message {index} carries the ids of call {stale.call.index}, whose reply it is not"
+            rule = "stale ids"
+        elif self._owner_of(*claim) is not None:
+            detail = f"message {index} carries the ids of a call of another rollout"
+            rule = "ids of another rollout"
+        else:
+            detail = f"message {index} carries ids that nobody was given, or that were forgotten since"
+            rule = "fabricated ids"
+        return SpliceBreak(kind="unknown_ids", call_index=len(served), detail=detail, likely_rule=rule)
 
 
-def _extended_call(
-    messages: Sequence[Mapping[str, Any]], said: Conversation, served: Sequence[Served]
-) -> Served | SpliceBreak | None:
-    """The latest served call that the request extends; why there is none; ``None`` for a first turn."""
-    if not served:
-        return None
-    reason = SpliceBreak(kind="edited_history", call_index=len(served), detail=_first_difference(said, served[-1]))
-    for candidate in reversed(served):
-        index = len(candidate.messages)
-        if said.messages[:index] != candidate.messages or said.messages[index : index + 1] != (candidate.reply,):
-            continue
-        if said.context != candidate.context:
-            detail = "tools or chat_template_kwargs differ from the earlier call's"
-            reason = SpliceBreak(kind="changed_tools", call_index=len(served), detail=detail)
-            continue
-        if not _ids_agree(messages[index], candidate):
-            detail = f"message {index} carries ids that call {candidate.call.index} was not given"
-            reason = SpliceBreak(kind="unknown_ids", call_index=len(served), detail=detail)
-            continue
-        return candidate
-    return reason
-
-
-def _ids_agree(message: Mapping[str, Any], candidate: Served) -> bool:
-    """Whether the ids a client sent back, if any, are the ones it was given."""
-    if not message.get(wire.PROMPT_TOKEN_IDS):
-        return True
-    return (
-        message[wire.PROMPT_TOKEN_IDS] == candidate.call.prompt_ids
-        and message.get(wire.GENERATION_TOKEN_IDS) == candidate.call.token_ids
-    )
-
-
-def _first_difference(said: Conversation, latest: Served) -> str:
-    expected = (*latest.messages, latest.reply)
-    for index, want in enumerate(expected):
-        got = said.messages[index] if index < len(said.messages) else None
-        if got != want:
-            return f"message {index}: the earlier turn had {want!r}, this request has {got!r}"
-    return "the earlier turn is a prefix of this request"
+def _is_of(claim: Claim, served: Served) -> bool:
+    prompt_ids, token_ids = claim
+    return token_ids == served.call.token_ids and prompt_ids == served.call.prompt_ids

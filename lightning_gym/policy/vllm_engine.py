@@ -9,17 +9,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_gym.errors import EngineDeadError, EngineStartError, WeightSyncError
+from lightning_gym.errors import EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
 from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
 
 if TYPE_CHECKING:
     import torch
     import vllm
+
+    from lightning_gym.policy.vllm_weights import WeightViews
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -67,6 +69,7 @@ class VLLMEngine:
         self._engine_args = dict(engine_args or {})
 
         self._engine: vllm.LLMEngine
+        self._views: WeightViews
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: dict[str, Deliver] = {}
         self._thread: threading.Thread | None = None
@@ -112,7 +115,10 @@ class VLLMEngine:
     def pause(self) -> None:
         def stop() -> None:
             self._set_running(False)
-            self._abort(list(self._pending))
+            waiting = dict(self._pending)
+            self._abort(list(waiting))
+            for deliver in waiting.values():
+                deliver(RequestAbortedError("the engine was paused"))
 
         self._call(stop)
 
@@ -120,9 +126,14 @@ class VLLMEngine:
         return self._call(lambda: self._prompt_logprobs(list(token_ids)))
 
     def weight_views(self) -> Mapping[str, "torch.Tensor"]:
-        from lightning_gym.policy import vllm_private
+        return self._call(lambda: self._views.look())  # noqa: PLW0108  looked up there: gone when the engine is
 
-        return self._call(lambda: vllm_private.weight_views(self._engine))
+    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+        from lightning_gym.policy.vllm_weights import reload_weights
+
+        if threading.current_thread() is not self._thread:
+            raise WeightSyncError("load_weights belongs inside the `write` of update_weights")
+        reload_weights(self._engine, weights)
 
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:
         def update() -> None:
@@ -157,9 +168,11 @@ class VLLMEngine:
         self._work.put(work)
 
     def _call(self, fn: Callable[[], _T]) -> _T:
-        """Run `fn` on the engine thread and wait for it."""
+        """Run `fn` on the engine thread and wait for it; at once on that thread itself."""
         if self._thread is None:
             raise EngineDeadError("the engine has not been started")
+        if threading.current_thread() is self._thread:
+            return fn()
         result: Future[_T] = Future()
 
         def work() -> None:
@@ -198,7 +211,7 @@ class VLLMEngine:
             self._bury()
 
     def _build(self, model: EngineModel) -> None:
-        from lightning_gym.policy import vllm_private
+        from lightning_gym.policy import vllm_private, vllm_weights
 
         with vllm_private.trainer_world_intact():
             vllm_private.set_environment(model.device)
@@ -206,12 +219,13 @@ class VLLMEngine:
             import vllm
 
             if model.device.startswith("cpu"):
-                vllm_private.keep_cpu_weights_live()
-            vllm_private.register_loader()
+                vllm_weights.keep_cpu_weights_live()
+            vllm_weights.register_loader()
             self._owns_process_group = not torch.distributed.is_initialized()
             try:
-                with vllm_private.loading_from(model.weights):
+                with vllm_weights.loading_from(model.weights):
                     self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._arguments(model)))
+                self._views = vllm_weights.WeightViews(self._engine)
             except BaseException:
                 vllm_private.leave_no_groups(owns_process_group=self._owns_process_group)
                 raise
@@ -220,7 +234,7 @@ class VLLMEngine:
         import torch
         import vllm
 
-        from lightning_gym.policy.vllm_private import LOADER
+        from lightning_gym.policy.vllm_weights import LOADER
 
         on_cpu = model.device.startswith("cpu")
         kv_cache = self._kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
@@ -337,7 +351,7 @@ class VLLMEngine:
             deliver(self._dead_error())
         self._drain(block=False)
         vllm_private.shut_down(self._engine, owns_process_group=self._owns_process_group)
-        del self._engine
+        del self._engine, self._views
 
     def _refuse_if_dead(self) -> None:
         if self._death is not None or self._closing:
