@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gym.errors import AlignmentError, ConfigError
+from lightning_gym.packing import ATTENTION_PARITY, Piece, rows_of_pieces
 from lightning_gym.trajectory import Trajectory
 
 Aggregation = Literal["token_mean", "rollout_mean", "rollout_sum", "constant"]
@@ -53,6 +54,10 @@ class TrajectoryBatch:
     """``[batch, seq]`` int64, the optimizer step whose weights sampled the token; -1 where the mask is false."""
     sequence_lengths: tuple[int, ...]
     """Lengths of the packed sequences in order; they add up to ``seq``."""
+    continues: tuple[int, ...] = ()
+    """With shared prompts, for each packed sequence the index of the one before it that it continues, or -1: of
+    ``(-1, 0, 0)`` the second and the third both follow the first, and count positions on from its end. Empty: none
+    is shared."""
     temperature: float = 1.0
     """The engine sampled from ``softmax(logits / temperature)``; the trainer scores under the same."""
     old_logprobs: Tensor | None = None
@@ -60,6 +65,10 @@ class TrajectoryBatch:
     collection is trained on once, where they equal the current ones."""
     ref_logprobs: Tensor | None = None
     """``[batch, seq]`` float32, nats, of the reference model; ``None`` without one."""
+    corrected: bool = False
+    """Whether the mismatch of sampler and trainer has been weighed in already, see `lightning_gym.corrections`."""
+    correction_scale: float = 1.0
+    """What the weights of a correction are multiplied by, see `lightning_gym.corrections.with_correction_scale`."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -70,6 +79,10 @@ class TrajectoryBatch:
         if sum(self.sequence_lengths) != shape[-1]:
             raise AlignmentError(
                 f"sequence_lengths add up to {sum(self.sequence_lengths)}, but there are {shape[-1]} tokens"
+            )
+        if self.continues and len(self.continues) != len(self.sequence_lengths):
+            raise AlignmentError(
+                f"continues speaks about {len(self.continues)} sequences, there are {len(self.sequence_lengths)}"
             )
 
     def __len__(self) -> int:
@@ -137,6 +150,10 @@ def loss_weights(
         constant_length: for ``constant``.
         totals: over all ranks; ``None``: there is one.
 
+    Raises:
+        AlignmentError: there are trajectories, and no token trains.
+        ConfigError: ``constant`` without `constant_length`.
+
     Example: rollouts of three and of one trained token.
 
         >>> from lightning_gym.testing import tiny_trajectory
@@ -151,19 +168,21 @@ def loss_weights(
         per_rollout[trajectory.rollout_id] = per_rollout.get(trajectory.rollout_id, 0) + trajectory.num_trained
     totals = totals or StepTotals.of(trajectories)
     num_tokens, num_rollouts = totals.num_tokens, totals.num_rollouts
+    if trajectories and not num_tokens:
+        raise AlignmentError(f"none of the {len(trajectories)} trajectories of this step has a token that trains")
     match aggregation:
         case "token_mean":
-            return [1 / num_tokens] * len(trajectories)
+            return [1 / num_tokens for _ in trajectories]
         case "rollout_mean":
-            return [1 / (num_rollouts * per_rollout[t.rollout_id]) for t in trajectories]
+            return [1 / (num_rollouts * max(1, per_rollout[t.rollout_id])) for t in trajectories]
         case "rollout_sum":
-            return [1 / num_rollouts] * len(trajectories)
+            return [1 / num_rollouts for _ in trajectories]
         case "constant":
             if not constant_length:
                 raise ConfigError(
                     "aggregation='constant' needs constant_length, the fixed number of tokens a rollout is divided by"
                 )
-            return [1 / (num_rollouts * constant_length)] * len(trajectories)
+            return [1 / (num_rollouts * constant_length) for _ in trajectories]
 
 
 def pack_window(
@@ -175,74 +194,65 @@ def pack_window(
     max_tokens_per_micro_batch: int,
     weight_scale: float = 1.0,
     temperature: float = 1.0,
+    attention_parity: float = ATTENTION_PARITY,
+    share_prefix: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> list[TrajectoryBatch]:
-    """Pack one optimizer step's trajectories into exactly `num_micro_batches` of about equal token counts.
+    """Pack one optimizer step's trajectories into exactly `num_micro_batches` of about equal cost, the dearest first.
 
     Args:
-        trajectories: what to train on.
+        trajectories: what to train on. Without any, as on a rank whose groups all failed, every micro-batch is a
+            filler.
         advantages: one a trajectory.
         weights: from `loss_weights`, one a trajectory.
-        num_micro_batches: the Trainer's ``accumulate_grad_batches``; empty ones are filled with a token of weight 0.
+        num_micro_batches: the Trainer's ``accumulate_grad_batches``, the same on every rank; empty ones are filled
+            with a token of weight 0.
         max_tokens_per_micro_batch: a ceiling, not a target.
         weight_scale: undoes what the framework will divide by: ``accumulate_grad_batches`` times the data-parallel
             size.
         temperature: of the sampling profile.
+        attention_parity: the sequence length at which attention costs as much as the rest of the model; see
+            `lightning_gym.packing`.
+        share_prefix: store a prompt that attempts of one group have in common once a micro-batch. The same gradient
+            for less compute where prompts are long; needs the attention of `use_packed_attention`.
+        dtype: of the float tensors; float64 for a model in float64.
 
     Raises:
         ConfigError: a micro-batch would be over the ceiling; names the number of micro-batches that would fit.
     """
-    bins = _balance([len(trajectory) for trajectory in trajectories], num_micro_batches)
-    loads = [sum(len(trajectories[i]) for i in members) for members in bins]
-    if max(loads) > max_tokens_per_micro_batch:
-        lengths = [len(trajectory) for trajectory in trajectories]
-        raise ConfigError(_over_ceiling(lengths, num_micro_batches, max(loads), max_tokens_per_micro_batch))
-    packed = [_pack([(trajectories[i], advantages[i], weights[i] * weight_scale) for i in members]) for members in bins]
-    return [replace(batch, temperature=temperature) for batch in packed]
-
-
-def _balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first into the emptiest bin; members of a bin keep their order."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        target = loads.index(min(loads))
-        bins[target].append(index)
-        loads[target] += lengths[index]
-    return [sorted(members) for members in bins]
-
-
-def _over_ceiling(lengths: Sequence[int], num_micro_batches: int, load: int, ceiling: int) -> str:
-    if max(lengths) > ceiling:
-        return (
-            f"a trajectory has {max(lengths)} tokens, over max_tokens_per_micro_batch={ceiling}; raise the ceiling to "
-            "at least that, or lower max_model_len"
-        )
-    enough = num_micro_batches
-    while max(sum(lengths[i] for i in members) for members in _balance(lengths, enough)) > ceiling:
-        enough += 1
-    return (
-        f"{sum(lengths)} tokens in {num_micro_batches} micro-batches make one of {load}, over "
-        f"max_tokens_per_micro_batch={ceiling}; set accumulate_grad_batches={enough} or raise the ceiling"
+    rows = rows_of_pieces(
+        trajectories,
+        num_rows=num_micro_batches,
+        ceiling=max_tokens_per_micro_batch,
+        parity=attention_parity,
+        share_prefix=share_prefix,
     )
+    values = list(zip(trajectories, advantages, [weight * weight_scale for weight in weights], strict=True))
+    return [_pack(row, values, temperature, dtype) if row else _filler(temperature, dtype) for row in rows]
 
 
-def _pack(members: Sequence[tuple[Trajectory, float, float]]) -> TrajectoryBatch:
-    if not members:
-        return _filler()
-    trajectories = [trajectory for trajectory, _, _ in members]
-    masks = np.concatenate([t.loss_mask for t in trajectories])
-    lengths = tuple(len(t) for t in trajectories)
-    advantages = np.repeat([advantage for _, advantage, _ in members], lengths) * masks
-    weights = np.repeat([weight for _, _, weight in members], lengths) * masks
+def _pack(
+    pieces: Sequence[Piece],
+    values: Sequence[tuple[Trajectory, float, float]],
+    temperature: float,
+    dtype: torch.dtype,
+) -> TrajectoryBatch:
+    spans = [(*values[piece.trajectory], slice(piece.start, piece.stop)) for piece in pieces]
+    lengths = tuple(piece.stop - piece.start for piece in pieces)
+    masks = np.concatenate([t.loss_mask[span] for t, _, _, span in spans])
+    logprobs = np.concatenate([t.rollout_logprobs[span] for t, _, _, span in spans])
+    shared = any(piece.continues >= 0 for piece in pieces)
     return TrajectoryBatch(
-        input_ids=_row(np.concatenate([t.token_ids for t in trajectories])),
-        position_ids=_row(np.concatenate([np.arange(length) for length in lengths])),
+        input_ids=_row(np.concatenate([t.token_ids[span] for t, _, _, span in spans])),
+        position_ids=_row(np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])),
         loss_mask=_row(masks),
-        rollout_logprobs=_row(np.concatenate([t.rollout_logprobs for t in trajectories])),
-        advantages=_row(advantages.astype(np.float32)),
-        loss_weight=_row(weights.astype(np.float32)),
-        weight_versions=_row(np.concatenate([t.weight_versions for t in trajectories])),
+        rollout_logprobs=_row(logprobs).to(dtype),
+        advantages=_row(np.repeat([advantage for _, advantage, _, _ in spans], lengths) * masks).to(dtype),
+        loss_weight=_row(np.repeat([weight for _, _, weight, _ in spans], lengths) * masks).to(dtype),
+        weight_versions=_row(np.concatenate([t.weight_versions[span] for t, _, _, span in spans])),
         sequence_lengths=lengths,
+        continues=tuple(piece.continues for piece in pieces) if shared else (),
+        temperature=temperature,
     )
 
 
@@ -250,9 +260,9 @@ def _row(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values)[None]
 
 
-def _filler() -> TrajectoryBatch:
+def _filler(temperature: float, dtype: torch.dtype) -> TrajectoryBatch:
     """Two tokens, the second "trained" with weight 0: every rank runs the same backward passes."""
-    zeros = torch.zeros(1, 2)
+    zeros = torch.zeros(1, 2, dtype=dtype)
     return TrajectoryBatch(
         input_ids=torch.zeros(1, 2, dtype=torch.int64),
         position_ids=torch.arange(2)[None],
@@ -262,4 +272,5 @@ def _filler() -> TrajectoryBatch:
         loss_weight=zeros,
         weight_versions=torch.full((1, 2), -1),
         sequence_lengths=(2,),
+        temperature=temperature,
     )

@@ -3,28 +3,30 @@
 Hook bodies are a few lines; what they do is in `lightning_gym.colocation` and `lightning_gym.stream`.
 """
 
-import logging
 import uuid
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 from lightning_gym import metrics
 from lightning_gym.batch import TrajectoryBatch
+from lightning_gym.collect import Stragglers
 from lightning_gym.colocation import CollectSettings, Colocation
+from lightning_gym.corrections import none as no_correction
 from lightning_gym.errors import ConfigError, StalePolicyError
 from lightning_gym.gym.servers import Gym
-from lightning_gym.logprobs import check_packing, use_packed_attention
+from lightning_gym.ladder import SyncMode
 from lightning_gym.policy.engine import Engine
-from lightning_gym.ranks import Ranks
+from lightning_gym.policy.ledger import Profile
+from lightning_gym.policy.parsers import BUILTIN
+from lightning_gym.policy_checks import check_sampling
+from lightning_gym.preconditions import check_trainer
+from lightning_gym.ranks import Ranks, rank_dir
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.stream import RolloutStream
-
-_log = logging.getLogger(__name__)
 
 
 class GymCallback(L.Callback):
@@ -39,15 +41,24 @@ class GymCallback(L.Callback):
         policy: attribute of the LightningModule that holds the causal language model; dots reach deeper.
         model_path: directory with the model's config, tokenizer and chat template; ``None``: where the model was
             loaded from (``model.name_or_path``).
-        sampling: of training rollouts.
+        sampling: of training rollouts; ``top_p`` and ``top_k`` only where the module's ``correction`` is on.
         eval_sampling: of evaluation rollouts; ``None``: the same.
+        sync_mode: how the engine gets the trainer's weights: ``"share"`` (its tensors are the trainer's, nothing
+            moves), ``"copy"``, ``"reload"`` (through the engine's own loader), or ``"auto"``, the first of them whose
+            preconditions hold.
         seed: of sampling: together with a rollout's group and attempt it decides every token.
         rollout_timeout_s: a rollout that takes longer has failed.
         retries: further tries for a rollout that failed for reasons outside of it.
         max_failed_frac: above this fraction of failed rollouts a step is given up, and with it the run.
         heartbeat_s: a line of progress is logged this often while rollouts are being collected.
+        stragglers: when not to wait for the last attempts of a group; ``None``: every one is waited for.
         endpoint_port: of the local OpenAI endpoint; 0 picks a free one.
         endpoint_api_key: its bearer token; ``None`` makes a random one. A Gym that was started before needs both known.
+        tool_parser: how agents see tool calls: ``"builtin"`` (Hermes' form), a name in vLLM's registry (``"hermes"``,
+            ``"llama3_json"``, ``"qwen3_coder"``, ...), or ``None`` to leave them in the content. Trained ids are the
+            sampled ones whatever a parser makes of them.
+        reasoning_parser: how they see reasoning: ``"builtin"`` (``<think>``), a name in vLLM's registry
+            (``"deepseek_r1"``, ``"qwen3"``, ...), or ``None``.
         log_rollouts: write ``rollouts.jsonl`` into the run directory.
         run_dir: where logs go; ``None``: the Trainer's ``log_dir``, or its ``default_root_dir``.
 
@@ -65,32 +76,35 @@ class GymCallback(L.Callback):
         model_path: str | Path | None = None,
         sampling: SamplingProfile | None = None,
         eval_sampling: SamplingProfile | None = None,
+        sync_mode: SyncMode = "auto",
         seed: int = 0,
         rollout_timeout_s: float = 600.0,
         retries: int = 2,
         max_failed_frac: float = 0.25,
         heartbeat_s: float = 10.0,
+        stragglers: Stragglers | None = None,
         endpoint_port: int = 0,
         endpoint_api_key: str | None = None,
+        tool_parser: str | None = BUILTIN,
+        reasoning_parser: str | None = BUILTIN,
         log_rollouts: bool = True,
         run_dir: str | Path | None = None,
     ) -> None:
         train = sampling or SamplingProfile()
-        if train.top_p != 1.0 or train.top_k != -1:
-            raise ConfigError(
-                f"sampling has top_p={train.top_p}, top_k={train.top_k}: tokens would come from a truncated "
-                "distribution that the trainer does not compute; train with top_p=1 and top_k=-1"
-            )
         settings = CollectSettings(
             seed=seed,
             rollout_timeout_s=rollout_timeout_s,
             retries=retries,
             max_failed_frac=max_failed_frac,
             heartbeat_s=heartbeat_s,
+            stragglers=stragglers,
             endpoint_port=endpoint_port,
             endpoint_api_key=endpoint_api_key,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
         )
-        self.colocation = Colocation(engine, gym, {"train": train, "eval": eval_sampling or train}, settings)
+        profiles: dict[Profile, SamplingProfile] = {"train": train, "eval": eval_sampling or train}
+        self.colocation = Colocation(engine, gym, profiles, settings, sync_mode=sync_mode)
         self.history: list[dict[str, float]] = []
         """One entry a finished optimizer step: everything that was logged for it."""
         self.finished_position = 0
@@ -114,22 +128,17 @@ class GymCallback(L.Callback):
             raise ConfigError(
                 "no GymDataModule is attached; pass one: trainer.fit(module, datamodule=GymDataModule(...))"
             )
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _MultiProcessingLauncher):
-            raise ConfigError(
-                "the strategy forks or spawns its workers from this process (ddp_spawn, ddp_fork, ddp_notebook), which "
-                "cannot carry an engine and get no clean-up; use strategy='ddp', torchrun or `fabric run`"
-            )
-        self._find_policy(pl_module)
+        check_trainer(trainer, GymCallback)
+        self.find_policy(pl_module)
+        corrected = getattr(pl_module, "correction", no_correction) is not no_correction
+        check_sampling(self.colocation.profiles["train"], corrected=corrected)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._stream is not None
-        model = self._find_policy(pl_module)
-        use_packed_attention(model)
-        check_packing(model)
-        run_dir = Path(self._run_dir or trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            run_dir = run_dir / f"rank_{trainer.global_rank}"
+        model = self.find_policy(pl_module)
+        # Rank 0's: a time in a path is another one on every rank that a launcher starts.
+        run_dir = trainer.strategy.broadcast(Path(self._run_dir or trainer.log_dir or trainer.default_root_dir))
+        run_dir = rank_dir(run_dir, trainer.global_rank)
         model_path = self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]
         if self._log_rollouts:
             self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=trainer.ckpt_path is not None)
@@ -142,15 +151,12 @@ class GymCallback(L.Callback):
         _check_not_prefetched(trainer)
         self.finished_position = stream.cursor.position
         batches = stream.window(
-            self.colocation, version=trainer.global_step, num_micro_batches=trainer.accumulate_grad_batches
+            self.colocation,
+            version=trainer.global_step,
+            num_micro_batches=trainer.accumulate_grad_batches,
+            loss_divisor=trainer.accumulate_grad_batches,
         )
-        self._step_metrics = dict(stream.metrics)
-        for report in self.colocation.take_reports():
-            self._step_metrics |= {
-                "sync/copy_s": report.copy_seconds,
-                "sync/bytes": float(report.num_bytes),
-                "sync/canary_diff": report.canary_diff,
-            }
+        self._step_metrics = stream.metrics | self.colocation.take_sync_metrics()
         self._clock = metrics.PhaseClock()
         return batches
 
@@ -161,11 +167,13 @@ class GymCallback(L.Callback):
             raise ConfigError(
                 f"expected a TrajectoryBatch from GymDataModule's loader, got {type(batch).__name__}; is it wrapped?"
             )
-        _check_on_policy(batch, trainer.global_step)
+        assert self._stream is not None
+        _check_on_policy(batch, trainer.global_step, max_lag=self._stream.settings.updates_per_collection - 1)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # Lightning's loggers see a window's last batch only
             values = dict(self._step_metrics)
             pl_module.log_dict({metrics.REWARD: values.pop(metrics.REWARD)}, prog_bar=True, batch_size=1)
             pl_module.log_dict(values, batch_size=1)
+            metrics.log_histograms(trainer.loggers, self._stream.rewards, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -188,7 +196,12 @@ class GymCallback(L.Callback):
         if self._stream is not None and self._stream.log is not None:
             self._stream.log.close()
 
-    def _find_policy(self, pl_module: L.LightningModule) -> nn.Module:
+    def find_policy(self, pl_module: L.LightningModule) -> nn.Module:
+        """The causal language model that `policy` names.
+
+        Raises:
+            ConfigError: there is none under that name.
+        """
         found: Any = pl_module
         for name in self._policy.split("."):
             found = getattr(found, name, None)
@@ -215,9 +228,9 @@ def _ranks(trainer: L.Trainer) -> Ranks:
     return Ranks(sampler["rank"], sampler["num_replicas"])
 
 
-def _check_on_policy(batch: TrajectoryBatch, step: int) -> None:
+def _check_on_policy(batch: TrajectoryBatch, step: int, *, max_lag: int) -> None:
     versions = batch.weight_versions[batch.loss_mask & (batch.weight_versions >= 0)]
-    if versions.numel() and not bool((versions == step).all()):
+    if versions.numel() and not bool(((step - max_lag <= versions) & (versions <= step)).all()):
         raise StalePolicyError(
             f"a batch of optimizer step {step} holds tokens sampled by weights of step "
             f"{int(versions.min())} to {int(versions.max())}; something fetched it ahead of time"

@@ -4,7 +4,7 @@ Its loader is sized and lazy: Lightning fetches one batch ahead from an unsized 
 with the weights of the step before.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,17 @@ import lightning.pytorch as L
 from lightning_gym.advantages import Baseline, Scale
 from lightning_gym.batch import Aggregation, TrajectoryBatch
 from lightning_gym.callback import GymCallback
+from lightning_gym.comparison import Truncated, WindowSettings, ZeroVariance
 from lightning_gym.errors import ConfigError
-from lightning_gym.stream import RolloutStream, WindowSettings
+from lightning_gym.preconditions import check_same_lightning
+from lightning_gym.ranks import Ranks
+from lightning_gym.reference import with_old_logprobs
+from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import read_tasks
 
 _STATE_VERSION = 1
+
+Prepare = Callable[[list[TrajectoryBatch], Ranks], list[TrajectoryBatch]]
 
 
 class GymDataModule(L.LightningDataModule):
@@ -29,14 +35,30 @@ class GymDataModule(L.LightningDataModule):
         group_size: attempts at each task; they share a baseline.
         steps_per_epoch: optimizer steps that Lightning calls an epoch; ``None``: once through the dataset. The order
             of tasks goes on across epochs.
+        updates_per_collection: optimizer steps on the rollouts of one collection, which then plays that many times
+            `prompts_per_step` tasks before the first of them. Each rollout trains once; ratios are taken to the weights
+            before the first of these steps.
         baseline: what a reward is compared with, see `lightning_gym.advantages.group_advantages`.
         advantage_scale: what the difference is divided by.
+        reward_weights: compare the environments' reward components one by one, and add them with these weights, see
+            `lightning_gym.advantages.component_advantages`; ``None``: compare the reward.
+        truncated: ``"mask"``: rollouts that ran into a token limit count in their group's baseline, and do not train.
+        overlong_max_tokens: sampled tokens of a rollout from which on its reward is 1 less, see
+            `lightning_gym.advantages.overlong_penalty`.
+        overlong_buffer_tokens: this many tokens before, the penalty sets in.
+        zero_variance: what becomes of groups whose rewards are all equal: ``"keep"``, ``"drop"`` (they no longer count
+            in the denominators of the loss), or ``"resample"`` (further tasks are played in their place).
+        max_resample_rounds: how often that is tried before the step makes do with the groups there are.
         aggregation: what the loss is a mean over, see `lightning_gym.batch.loss_weights`.
         constant_length: tokens a rollout is divided by, with ``aggregation="constant"``.
         max_tokens_per_micro_batch: ceiling of a packed micro-batch. The Trainer's ``accumulate_grad_batches`` says how
             many micro-batches a step has; a step that does not fit raises and says how many would.
+        share_prefix: store a prompt that attempts have in common once a micro-batch, see
+            `lightning_gym.batch.pack_window`.
         seed: of the order of tasks.
         shuffle: deal tasks in file order if ``False``.
+        agent_weights: several environments in one run: how often tasks of each agent are dealt relative to the
+            others', as in ``{"math": 1, "tools": 2}``, whatever their number; ``None``: every task once a pass.
         agent: the Gym agent of rows that name none.
 
     Raises:
@@ -50,13 +72,22 @@ class GymDataModule(L.LightningDataModule):
         prompts_per_step: int = 32,
         group_size: int = 8,
         steps_per_epoch: int | None = None,
+        updates_per_collection: int = 1,
         baseline: Baseline = "group_mean",
         advantage_scale: Scale = "none",
+        reward_weights: Mapping[str, float] | None = None,
+        truncated: Truncated = "keep",
+        overlong_max_tokens: int | None = None,
+        overlong_buffer_tokens: int | None = None,
+        zero_variance: ZeroVariance = "keep",
+        max_resample_rounds: int = 5,
         aggregation: Aggregation = "token_mean",
         constant_length: int | None = None,
         max_tokens_per_micro_batch: int = 32768,
+        share_prefix: bool = False,
         seed: int = 0,
         shuffle: bool = True,
+        agent_weights: Mapping[str, float] | None = None,
         agent: str | None = None,
     ) -> None:
         super().__init__()
@@ -65,16 +96,30 @@ class GymDataModule(L.LightningDataModule):
         self._steps_per_epoch = steps_per_epoch
         self._seed = seed
         self._shuffle = shuffle
+        self._agent_weights = None if agent_weights is None else dict(agent_weights)
         self._agent = agent
         self._settings = WindowSettings(
             prompts_per_step=prompts_per_step,
             group_size=group_size,
+            updates_per_collection=updates_per_collection,
             baseline=baseline,
             advantage_scale=advantage_scale,
+            reward_weights=reward_weights,
+            truncated=truncated,
+            overlong_max_tokens=overlong_max_tokens,
+            overlong_buffer_tokens=overlong_buffer_tokens,
+            zero_variance=zero_variance,
+            max_resample_rounds=max_resample_rounds,
             aggregation=aggregation,
             constant_length=constant_length,
             max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            share_prefix=share_prefix,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "trainer":  # the first that a Trainer does to its data module
+            check_same_lightning(value)
+        super().__setattr__(name, value)
 
     def setup(self, stage: str) -> None:
         """Read the tasks and hand the stream to the Trainer's `GymCallback`."""
@@ -82,40 +127,65 @@ class GymDataModule(L.LightningDataModule):
             raise ConfigError(f"GymDataModule has no {stage} data; it plays training rollouts")
         if self.stream is None:
             tasks = read_tasks(self._train, agent=self._agent)
-            self.stream = RolloutStream(tasks, self._settings, seed=self._seed, shuffle=self._shuffle)
+            self.stream = RolloutStream(
+                tasks, self._settings, seed=self._seed, shuffle=self._shuffle, agent_weights=self._agent_weights
+            )
         self._callback().attach(self.stream)
 
     def train_dataloader(self) -> "WindowLoader":
         """The loader. Do not wrap it: a wrapper without a length makes Lightning fetch ahead."""
         assert self.stream is not None
         assert self.trainer is not None
+        self.stream.prepare = self._prepare
         return WindowLoader(self._callback(), self.stream, self.trainer, self._steps_per_epoch)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Unpack what the loader yields."""
+        return batch.batch if isinstance(batch, Sealed) else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order of tasks stands after the last finished optimizer step; plain Python, equal on all ranks."""
+        return self._fingerprint() | {"position": self._callback().finished_position}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the order of tasks depends on."""
         assert self.stream is not None
         return {
             "version": _STATE_VERSION,
-            "position": self._callback().finished_position,
             "seed": self._seed,
             "num_tasks": len(self.stream.tasks),
+            "agent_weights": self._agent_weights,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the order of tasks.
 
         Raises:
-            ConfigError: the checkpoint is of another dataset or seed.
+            ConfigError: the checkpoint is of another dataset, seed or blend.
         """
         assert self.stream is not None
-        here = {"version": _STATE_VERSION, "seed": self._seed, "num_tasks": len(self.stream.tasks)}
-        for key, expected in here.items():
+        for key, expected in self._fingerprint().items():
             if state_dict.get(key) != expected:
                 raise ConfigError(
                     f"the checkpoint has {key}={state_dict.get(key)}, this run {expected}; resume with the same data"
                 )
-        self.stream.cursor.position = state_dict["position"]
+        self.stream.seek(state_dict["position"])
         self._callback().finished_position = state_dict["position"]
+
+    def _prepare(self, batches: list[TrajectoryBatch]) -> list[TrajectoryBatch]:
+        """Before a window's collection is trained on: `old_logprobs` where they differ, and what the module wants.
+
+        A module may have a ``prepare_window(batches, ranks) -> batches``, as `PolicyModule` has; it is called on every
+        rank.
+        """
+        assert self.trainer is not None
+        module, callback = self.trainer.lightning_module, self._callback()
+        with self.trainer.strategy.precision_plugin.forward_context():
+            if self._settings.updates_per_collection > 1:
+                with callback.colocation.ranks.agreeing():
+                    batches = with_old_logprobs(callback.find_policy(module), batches)
+            prepare_window: Prepare | None = getattr(module, "prepare_window", None)
+            return batches if prepare_window is None else prepare_window(batches, callback.colocation.ranks)
 
     def _callback(self) -> GymCallback:
         callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]  Trainer's
@@ -125,6 +195,16 @@ class GymDataModule(L.LightningDataModule):
         raise ConfigError(
             "the Trainer has no GymCallback; pass one: Trainer(callbacks=[GymCallback(engine=..., gym=...)])"
         )
+
+
+class Sealed:
+    """A batch on its way through Lightning's precision plugin, which ``precision="bf16-true"`` would round to bfloat16.
+
+    Losses and advantages are float32 whatever the model is. Opened in `GymDataModule.on_before_batch_transfer`.
+    """
+
+    def __init__(self, batch: TrajectoryBatch) -> None:
+        self.batch = batch
 
 
 class WindowLoader:
@@ -141,6 +221,7 @@ class WindowLoader:
     def __len__(self) -> int:
         return self._steps * self._trainer.accumulate_grad_batches
 
-    def __iter__(self) -> Iterator[TrajectoryBatch]:
+    def __iter__(self) -> Iterator[Sealed]:
         for _ in range(self._steps):
-            yield from self._callback.next_window(self._trainer, self._stream)
+            for batch in self._callback.next_window(self._trainer, self._stream):
+                yield Sealed(batch)

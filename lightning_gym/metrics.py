@@ -4,10 +4,16 @@ Names are ``area/quantity``; a unit is part of the name (``_s``, ``_bytes``, ``_
 count) and divided once, so that micro-batches of different sizes count by what is in them.
 """
 
+import collections
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_gym.rollout import Rollout
+import numpy as np
+
+from lightning_gym.advantages import zero_variance_frac
+from lightning_gym.outcome import Outcome, compared
+from lightning_gym.rollout import FailureKind
 
 REWARD = "rollout/reward_mean"
 """Mean reward of the rollouts that are trained on; what the progress bar shows."""
@@ -19,34 +25,79 @@ PHASES = ("sync", "collect", "prepare", "train")
 ROLLOUTS = "rollout/count"
 DROPPED = "rollout/dropped"
 MISALIGNED = "rollout/misaligned"
+LAG = "batch/lag"
+"""Optimizer steps between the weights that sampled a window and those that train on it."""
+PADDING_WASTE = "batch/padding_waste_frac"
+"""Computed tokens that are no token of a rollout: the fillers of packed rows."""
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], survivors: Sequence[Rollout]) -> dict[str, float]:
-    """What a collection was like.
+def rollout_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What the rollouts of a step were like.
+
+    Rewards, lengths and turns are those of the rollouts that came through and have another of their group to be
+    compared with; counts are of all.
 
     Args:
-        rollouts: all of it.
-        survivors: those that are trained on; rewards, lengths and turns are theirs.
+        outcomes: of all ranks.
     """
-    rewards = [rollout.reward or 0.0 for rollout in survivors]
-    mean = _mean(rewards)
-    sampled = [sum(len(call.token_ids) for call in rollout.calls) for rollout in survivors]
-    logprobs = [logprob for rollout in survivors for call in rollout.calls for logprob in call.logprobs]
+    candidates = compared(outcomes)
+    rewards = [outcome.reward or 0.0 for outcome in candidates]
+    sampled = [outcome.sampled_tokens for outcome in candidates]
+    failures = collections.Counter(outcome.failure for outcome in outcomes if outcome.failure)
+    misalignments = collections.Counter(outcome.misalignment for outcome in outcomes if outcome.misalignment)
     values = {
-        REWARD: mean,
-        "rollout/reward_std": _mean([(reward - mean) ** 2 for reward in rewards]) ** 0.5,
+        REWARD: _mean(rewards),
+        "rollout/reward_std": _deviation(rewards),
+        "rollout/zero_variance_frac": zero_variance_frac(rewards, [outcome.group_id for outcome in candidates]),
         "rollout/sampled_tokens_mean": _mean(sampled),
-        "rollout/calls_mean": _mean([len(rollout.calls) for rollout in survivors]),
-        "rollout/truncated_frac": _mean([float(rollout.truncated) for rollout in survivors]),
-        "rollout/entropy": -_mean(logprobs),
-        "rollout/slowest_s": max((rollout.seconds for rollout in rollouts), default=0.0),
-        ROLLOUTS: float(len(rollouts)),
-        DROPPED: float(len(rollouts) - len(survivors)),
+        "rollout/sampled_tokens_max": float(max(sampled, default=0)),
+        "rollout/calls_mean": _mean([outcome.num_calls for outcome in candidates]),
+        "rollout/calls_max": float(max((outcome.num_calls for outcome in candidates), default=0)),
+        "rollout/segments_mean": _mean([outcome.num_segments for outcome in candidates]),
+        "rollout/truncated_frac": _mean([float(outcome.truncated) for outcome in candidates]),
+        "rollout/masked": float(sum(outcome.masked for outcome in outcomes)),
+        "rollout/entropy": -sum(outcome.sampled_logprobs for outcome in candidates) / max(1, sum(sampled)),
+        "rollout/slowest_s": max((outcome.seconds for outcome in outcomes), default=0.0),
+        "rollout/splice_breaks": float(sum(outcome.num_breaks for outcome in outcomes)),
+        ROLLOUTS: float(len(outcomes)),
+        DROPPED: float(len(outcomes) - len(candidates)),
+        MISALIGNED: float(failures[FailureKind.MISALIGNED.value]),
+        **{f"rollout/failed_{kind}": float(count) for kind, count in failures.items()},
+        **{f"{MISALIGNED}_{kind}": float(count) for kind, count in misalignments.items()},
     }
-    for agent in sorted({rollout.agent for rollout in survivors}):
-        of_agent = [rollout.reward or 0.0 for rollout in survivors if rollout.agent == agent]
+    for agent, of_agent in rewards_by_environment(outcomes).items():
         values[f"{REWARD}/{agent}"] = _mean(of_agent)
+        values[f"rollout/reward_std/{agent}"] = _deviation(of_agent)
     return values
+
+
+def rewards_by_environment(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:
+    """The rewards of the rollouts that can be compared, by the agent that played them: what a histogram is made of.
+
+    Example:
+        >>> from lightning_gym.testing import tiny_outcome
+        >>> rewards_by_environment([tiny_outcome(attempt=0, reward=0.0), tiny_outcome(attempt=1, reward=1.0)])
+        {'agent': [0.0, 1.0]}
+    """
+    rewards: dict[str, list[float]] = {}
+    for outcome in sorted(compared(outcomes), key=lambda outcome: outcome.agent):
+        rewards.setdefault(outcome.agent, []).append(outcome.reward or 0.0)
+    return rewards
+
+
+def log_histograms(loggers: Sequence[Any], rewards: Mapping[str, Sequence[float]], step: int) -> None:
+    """Give the rewards of each environment to every logger that draws histograms, as TensorBoard's does.
+
+    Args:
+        loggers: Lightning's.
+        rewards: from `rewards_by_environment`.
+        step: the optimizer step.
+    """
+    for logger in loggers:
+        add = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+        if add is not None:
+            for agent, values in rewards.items():
+                add(f"rollout/reward/{agent}", np.asarray(values), step)
 
 
 _SUMMED = (
@@ -56,8 +107,11 @@ _SUMMED = (
     "rollout/misaligned",
     "rollout/failed_",
     "rollout/splice_breaks",
+    "rollout/unconfirmed_calls",
+    "rollout/ids_lost",
+    "rollout/invalid_tool_calls",
 )
-_LARGEST = ("time/", "rollout/slowest_s", "sync/canary_diff", "sync/copy_s")
+_LARGEST = ("time/", "rollout/slowest_s", "sync/")
 
 
 def over_ranks(of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -91,6 +145,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def _deviation(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return _mean([(value - mean) ** 2 for value in values]) ** 0.5
+
+
 class PhaseClock:
     """Times the phases of a step, one after the other, by the wall and by this process's CPU time.
 
@@ -109,37 +168,3 @@ class PhaseClock:
         values = {f"time/{phase}_s": wall - self._wall, f"time/{phase}_cpu_s": cpu - self._cpu}
         self._wall, self._cpu = wall, cpu
         return values
-
-
-class WindowMetrics:
-    """Collects the metrics of a window's micro-batches; names ending in ``_max`` are maxima, others means.
-
-    Example:
-        >>> window = WindowMetrics()
-        >>> window.add({"diff_max": 0.1, "kl": 1.0}, count=1)
-        >>> window.add({"diff_max": 0.3, "kl": 2.0}, count=3)
-        >>> window.take()
-        {'diff_max': 0.3, 'kl': 1.75}
-        >>> window.take()
-        {}
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[tuple[float, float]]] = {}
-
-    def add(self, values: Mapping[str, float], *, count: float) -> None:
-        """Add one micro-batch; `count` is what its means are means over."""
-        for name, value in values.items():
-            self._values.setdefault(name, []).append((value, count))
-
-    def take(self) -> dict[str, float]:
-        """The window's metrics; the next window starts empty."""
-        taken, self._values = self._values, {}
-        return {name: _combine(name, parts) for name, parts in taken.items()}
-
-
-def _combine(name: str, parts: Sequence[tuple[float, float]]) -> float:
-    if name.endswith("_max"):
-        return max(value for value, _ in parts)
-    total = sum(count for _, count in parts)
-    return sum(value * count for value, count in parts) / total if total else parts[-1][0]

@@ -1,154 +1,226 @@
 """RolloutStream: tasks in, windows of training batches out. Composition only: no rule of its own."""
 
+import collections
 import logging
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 from lightning_gym import metrics
-from lightning_gym.advantages import Baseline, Scale, group_advantages, zero_variance_frac
-from lightning_gym.batch import Aggregation, StepTotals, TrajectoryBatch, loss_weights, pack_window
-from lightning_gym.collect import Collection
+from lightning_gym.batch import StepTotals, TrajectoryBatch, loss_weights, pack_window
 from lightning_gym.colocation import Colocation
-from lightning_gym.errors import AlignmentError, CollectionError, ConfigError
+from lightning_gym.comparison import Comparison, WindowSettings, compare
+from lightning_gym.errors import CollectionError, ConfigError
+from lightning_gym.outcome import Outcome, compared
+from lightning_gym.played import Played, Span, spans
 from lightning_gym.ranks import Ranks
-from lightning_gym.rollout import Failure, FailureKind, Rollout
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.tasks import Task, TaskCursor, shard
-from lightning_gym.trajectory import Trajectory, trajectories
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowSettings:
-    """What an optimizer step is made of."""
-
-    prompts_per_step: int
-    """Over all ranks."""
-    group_size: int
-    baseline: Baseline = "group_mean"
-    advantage_scale: Scale = "none"
-    aggregation: Aggregation = "token_mean"
-    constant_length: int | None = None
-    max_tokens_per_micro_batch: int = 32768
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ConfigError(f"group_size is {self.group_size}; a group of one has no baseline, use at least 2")
-        if self.prompts_per_step < 1:
-            raise ConfigError(f"prompts_per_step is {self.prompts_per_step}; expected at least 1")
+Prepare = Callable[[list[TrajectoryBatch]], list[TrajectoryBatch]]
+"""Done to each window of a collection before the first of them trains; it fills in `old_logprobs`, for example."""
 
 
 class RolloutStream:
     """Makes windows, one an optimizer step.
+
+    With ``updates_per_collection`` above 1 the windows of a collection are cut from it in the order of its tasks, and
+    kept until they are asked for. The cursor's position is that of the windows handed out: a run that is resumed plays
+    the rest of a collection again, with the weights it has then.
 
     Args:
         tasks: the dataset.
         settings: what a window is made of.
         seed: of the order of tasks.
         shuffle: deal tasks in file order if ``False``.
+        agent_weights: how often tasks of each agent are dealt, see `lightning_gym.tasks.TaskCursor`.
     """
 
-    def __init__(self, tasks: Sequence[Task], settings: WindowSettings, *, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        settings: WindowSettings,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        agent_weights: Mapping[str, float] | None = None,
+    ) -> None:
         self.tasks = tasks
         self.settings = settings
-        self.cursor = TaskCursor(tasks, seed=seed, shuffle=shuffle)
+        self.cursor = TaskCursor(tasks, seed=seed, shuffle=shuffle, agent_weights=agent_weights)
         self.metrics: dict[str, float] = {}
-        """Of the last window."""
+        """Of the last window, over all ranks."""
+        self.rewards: dict[str, list[float]] = {}
+        """Of the last window, over all ranks, by environment: what a histogram is made of."""
         self.log: RolloutLog | None = None
+        self.prepare: Prepare | None = None
+        """Called on every rank for every window; several updates a collection need it."""
+        self._waiting: collections.deque[_Window] = collections.deque()
 
-    def window(self, colocation: Colocation, *, version: int, num_micro_batches: int) -> list[TrajectoryBatch]:
-        """Sync, collect, align, pack: exactly `num_micro_batches` micro-batches sampled by `version`.
+    def seek(self, position: int) -> None:
+        """Go on with the task at `position`; windows that were not handed out are forgotten."""
+        self.cursor.position = position
+        self._waiting.clear()
 
-        Moves the cursor on when the window is complete.
+    def window(
+        self, colocation: Colocation, *, version: int, num_micro_batches: int, loss_divisor: int
+    ) -> list[TrajectoryBatch]:
+        """The next window: exactly `num_micro_batches` micro-batches.
+
+        Unless one is left of the last collection, this syncs, collects, aligns and packs. Moves the cursor on when the
+        window is complete.
+
+        Args:
+            colocation: started.
+            version: the optimizer step that the trainer's weights are of.
+            num_micro_batches: of this rank.
+            loss_divisor: what ``backward`` divides a micro-batch's loss by: ``accumulate_grad_batches`` under a
+                Trainer, ``gradient_accumulation_steps`` with Accelerate, 1 elsewhere. Undone by ``loss_weight``, as is
+                the average over ranks that data-parallel training takes.
 
         Raises:
             WeightSyncError: trainer and engine disagree.
             CollectionError: too many rollouts failed, or none can be trained on.
             ConfigError: the window does not fit the micro-batches.
         """
-        ranks, settings = colocation.ranks, self.settings
+        ranks = colocation.ranks
         clock = metrics.PhaseClock()
-        with ranks.agreeing():
-            colocation.ensure_synced(version)
+        seconds: dict[str, float] = {}
+        if not self._waiting:
+            with ranks.agreeing():
+                colocation.ensure_synced(version)
             seconds = clock.lap("sync")
-            dealt = shard(self.cursor.peek(settings.prompts_per_step), ranks.rank, ranks.size)
-            collection = colocation.collect(dealt, group_size=settings.group_size, profile="train")
+            collected = self._collect(colocation)
             seconds |= clock.lap("collect")
-            played = _Played.of(collection, settings)
-            if self.log is not None:
-                self.log.write(version, played.collection.rollouts, played.segments, played.advantages)
-        totals = _over_ranks(StepTotals.of(played.chosen), ranks)
+            with ranks.agreeing():
+                if self.log is not None:
+                    self.log.write(
+                        version, collected.played.rollouts, collected.played.segments, collected.comparison.advantages
+                    )
+            packing = _Packing(colocation, version, num_micro_batches, loss_divisor * ranks.size)
+            self._waiting.extend(self._window(collected, span, packing) for span in collected.spans)
+        window = self._waiting.popleft()
+        self.cursor.position = window.span.stop
+        self._measure(window, version, seconds | clock.lap("prepare"), ranks)
+        return window.batches
+
+    def _collect(self, colocation: Colocation) -> "_Collected":
+        """Play; with ``resample`` again and again, each time as many tasks as groups are missing."""
+        settings, ranks, start = self.settings, colocation.ranks, self.cursor.position
+        wanted = settings.prompts_per_step * settings.updates_per_collection
+        rounds = 1 + (settings.max_resample_rounds if settings.zero_variance == "resample" else 0)
+        played, num_dealt, missing = Played(), 0, wanted
+        outcomes: list[Outcome] = []
+        comparison = Comparison(advantages={}, groups=[])
+        for _ in range(rounds):
+            dealt = self.cursor.peek(num_dealt + missing)[num_dealt:]
+            with ranks.agreeing():
+                here = shard(dealt, ranks.rank, ranks.size)
+                played.add(colocation.collect(here, group_size=settings.group_size, profile="train"))
+            num_dealt += missing
+            outcomes = [outcome for of_rank in ranks.gather(played.outcomes()) for outcome in of_rank]
+            comparison = compare(outcomes, settings)
+            missing = wanted - len(comparison.groups)
+            if not missing:
+                break
+            _log.info("%d of %d groups do not count for the step", missing, wanted)
+        num_spans = settings.updates_per_collection
+        if len(comparison.groups) < num_spans:
+            raise CollectionError(_nothing_to_train(outcomes, settings, num_spans))
+        cut = spans(comparison.groups, num_spans=num_spans, start=start, stop=start + num_dealt)
+        return _Collected(played, outcomes, comparison, cut)
+
+    def _window(self, collected: "_Collected", span: Span, packing: "_Packing") -> "_Window":
+        settings, colocation, ranks = self.settings, packing.colocation, packing.colocation.ranks
+        outcomes = span.of(collected.outcomes)
+        advantages = collected.comparison.advantages
+        chosen = collected.played.segments_of(
+            outcome.rollout_id for outcome in outcomes if outcome.rollout_id in advantages
+        )
+        totals = _over_ranks(StepTotals.of(chosen), ranks)
+        if not totals.num_tokens:
+            raise CollectionError(_nothing_to_train(outcomes, settings, 1))
         with ranks.agreeing():
-            batches = self._pack(played, totals, colocation, num_micro_batches)
-        self.cursor.position += settings.prompts_per_step
-        values = played.metrics() | seconds | clock.lap("prepare")
-        self.metrics = metrics.over_ranks(ranks.gather(values | {"batch/tokens": float(_num_tokens(batches))}))
-        return batches
-
-    def _pack(
-        self, played: "_Played", totals: StepTotals, colocation: Colocation, num_micro_batches: int
-    ) -> list[TrajectoryBatch]:
-        if not totals.num_rollouts:
-            raise CollectionError(f"no group has two rollouts to compare; failures: {dict(played.collection.failures)}")
-        settings = self.settings
-        weights = loss_weights(
-            played.chosen,
-            aggregation=settings.aggregation,
-            constant_length=settings.constant_length,
-            totals=totals,
-        )
-        return pack_window(
-            played.chosen,
-            [played.advantages[segment.rollout_id] for segment in played.chosen],
-            weights,
-            num_micro_batches=num_micro_batches,
-            max_tokens_per_micro_batch=settings.max_tokens_per_micro_batch,
-            weight_scale=num_micro_batches * colocation.ranks.size,
-            temperature=colocation.profiles["train"].temperature,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Played:
-    """A collection, aligned and compared."""
-
-    collection: Collection
-    segments: dict[str, list[Trajectory]]
-    advantages: dict[str, float]
-    """By rollout id, of those that train."""
-
-    @classmethod
-    def of(cls, collection: Collection, settings: WindowSettings) -> "_Played":
-        collection, segments = _align(collection)
-        survivors = collection.survivors
-        values = group_advantages(
-            [rollout.reward or 0.0 for rollout in survivors],
-            [rollout.group_id for rollout in survivors],
-            baseline=settings.baseline,
-            scale=settings.advantage_scale,
-        )
-        advantages = {rollout.rollout_id: value for rollout, value in zip(survivors, values.tolist(), strict=True)}
-        return cls(collection=collection, segments=segments, advantages=advantages)
-
-    @property
-    def chosen(self) -> list[Trajectory]:
-        """The segments that train."""
-        return [segment for rollout_id in self.advantages for segment in self.segments[rollout_id]]
-
-    def metrics(self) -> dict[str, float]:
-        rollouts, survivors, chosen = self.collection.rollouts, self.collection.survivors, self.chosen
-        rewards = [rollout.reward or 0.0 for rollout in survivors]
-        counts = self.collection.failures
-        return {
-            **metrics.rollout_metrics(rollouts, survivors),
-            metrics.MISALIGNED: float(counts[FailureKind.MISALIGNED]),
-            "rollout/zero_variance_frac": zero_variance_frac(rewards, [rollout.group_id for rollout in survivors]),
-            "rollout/segments_mean": len(chosen) / max(1, len(survivors)),
-            "rollout/splice_breaks": float(sum(len(rollout.breaks) for rollout in rollouts)),
+            batches = pack_window(
+                chosen,
+                [advantages[segment.rollout_id] for segment in chosen],
+                loss_weights(
+                    chosen, aggregation=settings.aggregation, constant_length=settings.constant_length, totals=totals
+                ),
+                num_micro_batches=packing.num_micro_batches,
+                max_tokens_per_micro_batch=settings.max_tokens_per_micro_batch,
+                weight_scale=packing.weight_scale,
+                temperature=colocation.profiles["train"].temperature,
+                share_prefix=settings.share_prefix,
+            )
+        if self.prepare is not None:
+            batches = self.prepare(batches)
+        elif settings.updates_per_collection > 1:
+            raise ConfigError(
+                "updates_per_collection is above 1, so losses need old_logprobs of the weights that sampled, and "
+                "nothing computes them; set RolloutStream.prepare (see lightning_gym.reference.with_old_logprobs)"
+            )
+        own = span.of(collected.played.outcomes())
+        counts = {
+            **collected.played.collection_of(span).metrics(),
+            metrics.ROLLOUTS: float(len(own)),
+            metrics.DROPPED: float(len(own) - len(compared(own))),
+            "batch/tokens": float(sum(batch.num_tokens for batch in batches)),
             "batch/trained_tokens": float(sum(segment.num_trained for segment in chosen)),
-            **{f"rollout/failed_{kind.value}": float(count) for kind, count in counts.items()},
+            "batch/rollouts": float(len({segment.rollout_id for segment in chosen})),
+            _FILLERS: float(sum(batch.num_tokens for batch in batches if not (batch.weight_versions >= 0).any())),
         }
+        return _Window(batches, span, outcomes, packing.version, counts)
+
+    def _measure(self, window: "_Window", version: int, seconds: dict[str, float], ranks: Ranks) -> None:
+        values = metrics.over_ranks(ranks.gather(window.counts | seconds))
+        fillers = values.pop(_FILLERS)
+        self.rewards = metrics.rewards_by_environment(window.outcomes)
+        self.metrics = {
+            **values,
+            **metrics.rollout_metrics(window.outcomes),
+            metrics.LAG: float(version - window.version),
+            metrics.PADDING_WASTE: fillers / values["batch/tokens"],
+        }
+
+
+_FILLERS = "batch/filler_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """How the windows of a collection are packed."""
+
+    colocation: Colocation
+    version: int
+    num_micro_batches: int
+    weight_scale: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected:
+    """A collection, played, compared and cut."""
+
+    played: Played
+    outcomes: list[Outcome]
+    """Of all ranks."""
+    comparison: Comparison
+    spans: list[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """What one optimizer step trains on."""
+
+    batches: list[TrajectoryBatch]
+    span: Span
+    outcomes: list[Outcome]
+    """Of all ranks, of the window's tasks."""
+    version: int
+    """The optimizer step whose weights sampled it."""
+    counts: dict[str, float]
+    """Of this rank."""
 
 
 def _over_ranks(totals: StepTotals, ranks: Ranks) -> StepTotals:
@@ -156,22 +228,14 @@ def _over_ranks(totals: StepTotals, ranks: Ranks) -> StepTotals:
     return StepTotals(num_tokens=round(num_tokens), num_rollouts=round(num_rollouts))
 
 
-def _num_tokens(batches: Sequence[TrajectoryBatch]) -> int:
-    return sum(batch.num_tokens for batch in batches)
-
-
-def _align(collection: Collection) -> tuple[Collection, dict[str, list[Trajectory]]]:
-    """Segments by rollout id; a rollout that does not line up becomes a failed one."""
-    segments: dict[str, list[Trajectory]] = {}
-    rollouts: list[Rollout] = []
-    for rollout in collection.rollouts:
-        checked = rollout
-        if rollout.failure is None:
-            try:
-                segments[rollout.rollout_id] = trajectories(rollout)
-            except AlignmentError as error:
-                _log.warning("%s", error)
-                failure = Failure(kind=FailureKind.MISALIGNED, message=str(error))
-                checked = replace(rollout, failure=failure, reward=None)
-        rollouts.append(checked)
-    return replace(collection, rollouts=rollouts), segments
+def _nothing_to_train(outcomes: Sequence[Outcome], settings: WindowSettings, needed: int) -> str:
+    failures = dict(collections.Counter(outcome.failure for outcome in outcomes if outcome.failure))
+    alive = compared(outcomes)
+    cut = sum(outcome.truncated for outcome in alive) if settings.truncated == "mask" else 0
+    return (
+        f"the step has fewer than {needed} group(s) to train on, of {len({o.group_id for o in outcomes})} played: "
+        f"{len({outcome.group_id for outcome in alive})} have two rollouts to compare (failures: {failures}), "
+        f"zero_variance={settings.zero_variance!r}, and {cut} truncated rollouts are left out of the loss. If "
+        "rewards do not differ, the tasks are too easy or too hard for the policy; otherwise look at the rollouts "
+        "(lightning-gym inspect)"
+    )

@@ -7,12 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gym.advantages import group_advantages, zero_variance_frac
-from lightning_gym.errors import AlignmentError
+from lightning_gym.advantages import (
+    component_advantages,
+    group_advantages,
+    overlong_penalty,
+    varied_groups,
+    zero_variance_frac,
+)
+from lightning_gym.errors import AlignmentError, ConfigError
 
 rewards_and_groups = st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 4)), min_size=1, max_size=30)
 BASELINES = st.sampled_from(["group_mean", "leave_one_out"])
-SCALES = st.sampled_from(["none", "group_std"])
+SCALES = st.sampled_from(["none", "group_std", "batch_std"])
 
 
 def split(pairs):
@@ -100,7 +106,7 @@ def test_leave_one_out_is_the_centred_reward_times_n_over_n_minus_one(rewards):
     assert left_out.tolist() == pytest.approx((centred * count / (count - 1)).tolist(), rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("scale", ["none", "group_std"])
+@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
 @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
 def test_a_group_of_one_has_nothing_to_be_compared_with(baseline, scale):
     assert group_advantages([7.0, 1.0], [1, 2], baseline=baseline, scale=scale).tolist() == [0.0, 0.0]
@@ -130,3 +136,85 @@ def test_groups_without_variance_are_counted():
     assert zero_variance_frac([], []) == 0
     with pytest.raises(ValueError, match="zip"):
         zero_variance_frac([1.0], [])
+
+
+def test_the_deviation_of_the_batch_keeps_groups_in_proportion_and_that_of_the_group_does_not():
+    rewards, groups = [0.0, 1.0, 0.0, 0.1], [0, 0, 1, 1]
+    of_batch = group_advantages(rewards, groups, scale="batch_std")
+    of_group = group_advantages(rewards, groups, scale="group_std")
+    assert of_batch[1] / of_batch[3] == pytest.approx(10)
+    assert of_group[1] / of_group[3] == pytest.approx(1, rel=1e-4)
+    assert of_batch[1] == pytest.approx(0.5 / (np.std(rewards, ddof=1) + 1e-6))
+
+
+# -- several rewards
+
+
+def test_components_by_hand():
+    rollouts = [{"a": 0, "b": 5}, {"a": 2, "b": 1}, {"a": 1, "b": 3}]
+    # a: -1, 1, 0 deviations; b: 1, -1, 0; weighted 2 a + b: -1, 1, 0, whose deviation is 1
+    found = component_advantages(rollouts, [4, 4, 4], weights={"a": 2, "b": 1})
+    assert found.tolist() == pytest.approx([-1, 1, 0], rel=1e-5, abs=1e-12)
+
+
+def test_what_is_left_of_components_that_cancel_is_exactly_nothing():
+    rollouts = [{"a": 0.1 * i, "b": -0.3 * i} for i in range(7)]
+    assert component_advantages(rollouts, [0] * 7).tolist() == [0.0] * 7
+
+
+components_and_groups = st.lists(
+    st.tuples(st.integers(-50, 50), st.integers(-50, 50), st.integers(0, 3)), min_size=1, max_size=20
+)
+
+
+@settings(deadline=None)
+@given(components_and_groups, BASELINES, st.integers(1, 1000), st.integers(-100, 100))
+def test_the_unit_and_the_origin_of_a_component_do_not_matter(drawn, baseline, factor, shift):
+    groups = [group for *_, group in drawn]
+    before = component_advantages([{"a": a, "b": b} for a, b, _ in drawn], groups, baseline=baseline)
+    moved = [{"a": factor * a + shift, "b": b} for a, b, _ in drawn]
+    after = component_advantages(moved, groups, baseline=baseline)
+    assert after.tolist() == pytest.approx(before.tolist(), rel=1e-6, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(components_and_groups, BASELINES)
+def test_component_advantages_sum_to_zero_in_a_group_and_are_zero_where_all_are_equal(drawn, baseline):
+    groups = [group for *_, group in drawn]
+    found = component_advantages([{"a": a, "b": b} for a, b, _ in drawn], groups, baseline=baseline)
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        assert abs(found[members].sum()) < 1e-9
+        if len({drawn[i][:2] for i in members}) == 1:
+            assert found[members].tolist() == [0.0] * len(members)
+
+
+def test_a_rollout_without_a_component_that_others_have_is_refused_by_its_place():
+    with pytest.raises(AlignmentError, match=r"^rollout 1 has no reward component b"):
+        component_advantages([{"a": 1, "b": 2}, {"a": 1}], [0, 0])
+    with pytest.raises(AlignmentError, match="reward 0 is nan"):
+        component_advantages([{"a": math.nan}, {"a": 1}], [0, 0])
+
+
+def test_a_weight_of_a_component_that_there_is_not_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="names right; the environments return a, b"):
+        component_advantages([{"a": 1, "b": 2}], [0], weights={"a": 1, "right": 2})
+
+
+# -- length
+
+
+@given(st.integers(0, 500), st.integers(1, 200), st.integers(0, 300))
+def test_the_penalty_for_length_falls_from_zero_to_minus_one_over_the_buffer(length, buffer, above):
+    limit = buffer + above
+    penalty = overlong_penalty(length, max_tokens=limit, buffer_tokens=buffer)
+    if length <= limit - buffer:
+        assert penalty == 0
+    elif length >= limit:
+        assert penalty == -1
+    else:
+        assert penalty == pytest.approx((limit - buffer - length) / buffer)
+
+
+def test_groups_vary_where_two_of_their_members_differ():
+    assert varied_groups([1, 1, 2, (0,), (0,)], [0, 0, 0, 1, 1]) == {0}

@@ -175,6 +175,42 @@ def test_a_trajectory_over_the_ceiling_cannot_be_helped_by_more_micro_batches():
         window([61, 10], ceiling=60, num_micro_batches=2)
 
 
+def test_a_rank_without_trajectories_gets_fillers_only():
+    batches = pack_window([], [], [], num_micro_batches=3, max_tokens_per_micro_batch=9, temperature=0.7)
+    assert [(batch.num_tokens, batch.loss_weight.any().item(), batch.temperature) for batch in batches] == [
+        (2, False, 0.7)
+    ] * 3
+
+
+def test_a_rank_without_trajectories_needs_no_totals_to_have_no_weights():
+    assert [loss_weights([], aggregation=aggregation, constant_length=1) for aggregation in AGGREGATIONS] == [[]] * 4
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_step_in_which_no_token_trains_is_refused(aggregation):
+    with pytest.raises(AlignmentError, match="none of the 2 trajectories of this step has a token that trains"):
+        loss_weights([tiny_trajectory(num_trained=0)] * 2, aggregation=aggregation, constant_length=1)
+
+
+def test_a_rollout_masked_out_wholly_weighs_nothing_and_still_counts():
+    segments = [tiny_trajectory(num_trained=0, rollout_id="a"), tiny_trajectory(num_trained=2, rollout_id="b")]
+    assert weighted_sum(segments, [7, 3], "rollout_mean") == pytest.approx(3 / 2)
+
+
+def test_float64_is_kept_where_it_is_asked_for():
+    segments = [tiny_trajectory()]
+    (batch,) = pack_window(
+        segments, [0.1], [0.3], num_micro_batches=1, max_tokens_per_micro_batch=9, dtype=torch.float64
+    )
+    assert (batch.advantages[0, -1].item(), batch.loss_weight[0, -1].item()) == (0.1, 0.3)
+    assert batch.rollout_logprobs.dtype == torch.float64
+
+
+def test_one_value_a_trajectory_is_asked_for():
+    with pytest.raises(ValueError, match="zip"):
+        pack_window([tiny_trajectory()], [0.1, 0.2], [1.0], num_micro_batches=1, max_tokens_per_micro_batch=9)
+
+
 # -- TrajectoryBatch
 
 
@@ -210,3 +246,10 @@ def test_a_float64_advantage_is_rounded_once():
     segments = [tiny_trajectory()]
     (batch,) = pack_window(segments, [0.1], [1.0], num_micro_batches=1, max_tokens_per_micro_batch=9)
     assert batch.advantages[0, -1].item() == np.float32(0.1)
+
+
+def test_continuations_of_another_number_of_sequences_are_refused():
+    batch = tiny_batch()
+    fields = {field: getattr(batch, field) for field in TrajectoryBatch.__dataclass_fields__}
+    with pytest.raises(AlignmentError, match="continues speaks about 2 sequences, there are 1"):
+        TrajectoryBatch(**fields | {"continues": (-1, 0)})

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from lightning_gym import GymCallback, GymDataModule, PolicyModule
-from lightning_gym.errors import CollectionError, ConfigError, StalePolicyError
+from lightning_gym.errors import CollectionError, ConfigError, StalePolicyError, WeightSyncError
 from lightning_gym.gym.environments import Counter, ReverseString
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import read_rollout_log
-from lightning_gym.sync import WeightSync
 from lightning_gym.testing import FakeEngine, FakeGym, tiny_model, tiny_tokenizer
 
 
@@ -38,9 +37,8 @@ def parts(model_dir, run_dir, *, data=None, engine=None, gym=None, trainer=None,
     gym_callback = GymCallback(
         engine=engine or FakeEngine(max_model_len=96),
         gym=gym or FakeGym(["counter", "reverse_string"], max_steps=3),
-        sampling=SamplingProfile(max_output_tokens=6),
         run_dir=run_dir,
-        **(callback or {}),
+        **({"sampling": SamplingProfile(max_output_tokens=6)} | (callback or {})),
     )
     settings = {"train": rows(5), "prompts_per_step": 2, "group_size": 2} | (data or {})
     datamodule = GymDataModule(**settings)
@@ -279,26 +277,64 @@ def test_a_batch_of_other_weights_is_refused(model_dir, tmp_path):
         trainer.fit(policy, datamodule=datamodule)
 
 
+class Forgetful(FakeEngine):
+    """Shows a copy of one of its tensors: what is written there is lost."""
+
+    name = "model.embed_tokens.weight"
+    copy = None
+
+    def weight_views(self):
+        views = super().weight_views()
+        if self.copy is None:
+            self.copy = views[self.name].clone()
+        return views | {self.name: self.copy}
+
+
 @pytest.mark.usefixtures("varied_rewards")
-def test_an_engine_that_does_not_take_the_weights_stops_the_run(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(WeightSync, "_pairs", lambda self: list(pairs(self))[1:])
-    from lightning_gym.errors import WeightSyncError
-
+def test_an_engine_that_does_not_take_the_weights_stops_the_run(model_dir, tmp_path):
     with pytest.raises(WeightSyncError, match="disagree by"):
-        fit(model_dir, tmp_path, trainer={"max_steps": 3}, module={"lr": 1e-1})
-
-
-pairs = WeightSync._pairs
+        fit(
+            model_dir,
+            tmp_path,
+            engine=Forgetful(max_model_len=96),
+            trainer={"max_steps": 3},
+            module={"lr": 1e-1},
+        )
 
 
 def test_settings_that_cannot_work_are_refused_at_once(model_dir, tmp_path):
     with pytest.raises(ConfigError, match="group of one"):
         GymDataModule(rows(2), group_size=1)
-    with pytest.raises(ConfigError, match="top_p"):
-        GymCallback(engine=FakeEngine(), gym=FakeGym(), sampling=SamplingProfile(top_p=0.9))
     with pytest.raises(ConfigError, match="no loss 'gpro'"):
         PolicyModule(model_dir, loss="gpro")
     refused(model_dir, tmp_path, "policy is .*expected", callback={"policy": "policy"})
+
+
+def agent_of(environment):
+    return rows(1, environment)[0]["agent_ref"]["name"]
+
+
+@pytest.mark.usefixtures("varied_rewards")
+def test_environments_are_blended_by_weight_and_each_ones_reward_is_logged(model_dir, tmp_path):
+    blend = {
+        "train": [*rows(1), *rows(9, ReverseString)],
+        "agent_weights": {agent_of(Counter): 3, agent_of(ReverseString): 1},
+        "prompts_per_step": 4,
+    }
+    _, callback, _ = fit(model_dir, tmp_path, data=blend)
+    _, played = read_rollout_log(tmp_path / "rollouts.jsonl")
+    agents = [rollout["agent"] for rollout in played]
+    assert agents.count(agent_of(Counter)) == 3 * agents.count(agent_of(ReverseString)) > 0
+    assert all(f"rollout/reward_mean/{agent}" in step for step in callback.history for agent in set(agents))
+
+
+def test_a_truncated_distribution_is_trained_on_only_with_a_correction(model_dir, tmp_path):
+    truncated = {"sampling": SamplingProfile(top_p=0.9, max_output_tokens=6)}
+    refused(model_dir, tmp_path, "top_p=0.9.*switch a correction on", callback=truncated)
+    _, callback, _ = fit(
+        model_dir, tmp_path, callback=truncated, module={"correction": "token_tis"}, trainer={"max_steps": 1}
+    )
+    assert len(callback.history) == 1
 
 
 def test_a_window_over_the_ceiling_names_the_accumulation_that_fits(model_dir, tmp_path):

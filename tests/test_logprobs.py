@@ -8,14 +8,8 @@ from torch import nn
 
 from lightning_gym.batch import TrajectoryBatch
 from lightning_gym.errors import AlignmentError, ConfigError
-from lightning_gym.logprobs import (
-    PACKED_ATTENTION,
-    PackedLayout,
-    check_packing,
-    packed_attention,
-    token_logprobs,
-    use_packed_attention,
-)
+from lightning_gym.logprobs import check_packing, token_logprobs, use_padded_rows
+from lightning_gym.packed_attention import use_packed_attention
 from lightning_gym.testing import tiny_batch, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,7 +162,7 @@ class Contaminating(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
 
-    def forward(self, input_ids, packed_layout, position_ids, **kwargs):
+    def forward(self, input_ids, packed_layout=None, position_ids=None, **kwargs):
         return self.model(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
 
 
@@ -200,46 +194,42 @@ def test_a_model_that_computes_nan_is_refused(model):
         check_packing(broken)
 
 
-# -- packed attention
+class Recording(nn.Module):
+    """A wrapper that notes what it was asked for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config, self.asked = model, model.config, []
+
+    def forward(self, **kwargs):
+        self.asked.append(kwargs)
+        return self.model(**kwargs)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "grid", "cells"),
-    [
-        ((3,), [[0, 1, 2]], [0, 1, 2]),
-        ((1, 1), [[0], [1]], [0, 1]),
-        ((1, 3, 2), [[0, 0, 0], [1, 2, 3], [4, 5, 0]], [0, 3, 4, 5, 6, 7]),
-    ],
-)
-def test_a_layout_lays_sequences_into_a_grid_and_cells_read_them_back(lengths, grid, cells):
-    layout = PackedLayout.of(lengths, torch.device("cpu"))
-    assert layout.grid.tolist() == grid
-    assert layout.cells.tolist() == cells
-    assert layout.grid.flatten()[layout.cells].tolist() == list(range(sum(lengths)))
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_is_never_asked_for_a_cache_nor_given_a_mask(model, padded):
+    recording = Recording(model)
+    if padded:  # flash kernels and transformers' own packing look for sequences only without either
+        use_padded_rows(recording)
+    token_logprobs(recording, packed_row(random_sequences()))
+    (asked,) = recording.asked
+    assert asked["use_cache"] is False
+    assert "attention_mask" not in asked
+    assert ("packed_layout" in asked) is not padded
 
 
-def test_attention_is_replaced_only_where_the_model_has_no_kernel_of_its_own(plain):
-    model = tiny_model(tiny_tokenizer(), num_layers=1, hidden_size=32, num_kv_heads=1)
-    use_packed_attention(model)
-    assert model.config._attn_implementation == PACKED_ATTENTION
-    use_packed_attention(model)
-    assert model.config._attn_implementation == PACKED_ATTENTION
-    model.config._attn_implementation = "flash_attention_2"
-    use_packed_attention(model)
-    assert model.config._attn_implementation == "flash_attention_2"
+# -- bad input
 
 
-def test_without_a_layout_the_model_computes_as_before(model, plain):
-    ids = torch.arange(20)[None]
-    assert (model(ids, use_cache=False).logits - plain(ids, use_cache=False).logits).abs().max().item() < 1e-5
-    together = model.generate(ids, max_new_tokens=4, do_sample=False)
-    assert together.tolist() == plain.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+@pytest.mark.parametrize(("token", "said"), [(426, "token id 426"), (-1, "token id -1")])
+def test_a_token_outside_the_models_vocabulary_is_refused_before_the_forward(model, token, said):
+    batch = replace(tiny_batch(), input_ids=torch.tensor([[token, 1]]))
+    assert model.get_input_embeddings().num_embeddings == 426
+    with pytest.raises(AlignmentError, match=rf"{said}, but the model embeds ids 0 to 425.*tokenizer"):
+        token_logprobs(model, batch)
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_refused(model):
-    layout = PackedLayout.of((5, 3), torch.device("cpu"))
-    heads = torch.zeros(1, 2, 8, 4)
-    with pytest.raises(ConfigError, match="no sliding window, and a sequence of 5 tokens"):
-        packed_attention(model, heads, heads, heads, None, packed_layout=layout, sliding_window=4)
-    output, _ = packed_attention(model, heads, heads, heads, None, packed_layout=layout, sliding_window=5)
-    assert output.shape == (1, 8, 2, 4)
+def test_a_sequence_whose_first_token_trains_is_refused(model):
+    batch = replace(packed_row(random_sequences()), loss_mask=torch.ones(1, sum(LENGTHS), dtype=torch.bool))
+    with pytest.raises(AlignmentError, match="the first token of a sequence trains"):
+        token_logprobs(model, batch)

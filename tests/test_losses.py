@@ -1,20 +1,38 @@
 """Losses against arithmetic that can be done by hand: enumeration, closed forms, and identities between them."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_gym.batch import TrajectoryBatch, loss_weights, pack_window
+from lightning_gym.comparison import WindowSettings
 from lightning_gym.errors import AlignmentError, ConfigError
-from lightning_gym.logprobs import token_logprobs, use_packed_attention
-from lightning_gym.losses import LOSSES, clipped, grpo, loss_named, mismatch_metrics, reinforce
-from lightning_gym.testing import tiny_batch, tiny_model, tiny_tokenizer
+from lightning_gym.logprobs import token_logprobs
+from lightning_gym.losses import (
+    LOSSES,
+    METHODS,
+    cispo,
+    clipped,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    loss_named,
+    reinforce,
+    rloo,
+    sapo,
+)
+from lightning_gym.mismatch import mismatch_metrics
+from lightning_gym.packed_attention import use_packed_attention
+from lightning_gym.testing import packed_batch, tiny_batch, tiny_model, tiny_tokenizer
 from lightning_gym.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LN2 = math.log(2)
+REWARDED = sorted(LOSSES.keys() - {"distillation"})
 
 
 def one_token(logprob):
@@ -113,19 +131,20 @@ def test_without_a_trained_token_clip_frac_is_zero_and_the_loss_is_zero():
 
 
 @pytest.mark.parametrize("old", [None, "equal"])
-def test_at_ratio_one_the_gradient_of_grpo_is_that_of_reinforce(old):
+def test_at_ratio_one_the_gradient_of_every_loss_is_that_of_reinforce(old):
     generator = torch.Generator().manual_seed(0)
     values = [0.0, *(-torch.rand(7, generator=generator) * 3).tolist()]
     advantages = [0.0, *torch.randn(7, generator=generator).tolist()]
     weights = [0.0, *torch.rand(7, generator=generator).tolist()]
     batch = row(advantages=advantages, weights=weights, old=values if old else None)
     gradients = []
-    for loss in (reinforce, grpo, clipped):
+    for loss in (reinforce, grpo, clipped, rloo, dr_grpo, dapo, cispo, sapo, LOSSES["gspo_token"]):
         logprobs = torch.tensor([values], requires_grad=True)
         loss(logprobs, batch)[0].backward()
         gradients.append(logprobs.grad)
     assert torch.equal(gradients[1], gradients[2])
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-7)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-6, atol=1e-7)
     expected = -torch.tensor([weights]) * torch.tensor([advantages])
     torch.testing.assert_close(gradients[0], expected)
 
@@ -133,7 +152,7 @@ def test_at_ratio_one_the_gradient_of_grpo_is_that_of_reinforce(old):
 # -- the policy-gradient theorem, by enumeration
 
 
-@pytest.mark.parametrize("loss", [reinforce, grpo], ids=["reinforce", "grpo"])
+@pytest.mark.parametrize("loss", [LOSSES[name] for name in REWARDED], ids=REWARDED)
 @pytest.mark.parametrize("baseline", [0.0, 0.7])
 def test_the_expected_gradient_over_all_actions_is_the_gradient_of_the_expected_reward(loss, baseline):
     generator = torch.Generator().manual_seed(1)
@@ -151,7 +170,10 @@ def test_the_expected_gradient_over_all_actions_is_the_gradient_of_the_expected_
     torch.testing.assert_close(-logits.grad, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_the_ratio_makes_the_expectation_under_the_old_policy_that_of_the_new_one():
+@pytest.mark.parametrize(
+    "loss", [partial(clipped, clip_low=1.0, clip_high=1e9), partial(cispo, clip_high=1e9)], ids=["clipped", "cispo"]
+)
+def test_the_ratio_makes_the_expectation_under_the_old_policy_that_of_the_new_one(loss):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
     old = torch.randn(4, generator=generator, dtype=torch.float64).log_softmax(0)
@@ -167,8 +189,104 @@ def test_the_ratio_makes_the_expectation_under_the_old_policy_that_of_the_new_on
             old=[0, old[action].item()],
             dtype=torch.float64,
         )
-        clipped(logprobs, batch, clip_low=1.0, clip_high=1e9)[0].backward()
+        loss(logprobs, batch)[0].backward()
     torch.testing.assert_close(-logits.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+# -- dual clip, GSPO, CISPO, SAPO
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "gradient", "fraction"),
+    [(-2.0, 2.0, 4.0, 4.0, 0.0), (-2.0, 9.0, 6.0, 0.0, 1.0), (2.0, 9.0, -2.4, 0.0, 0.0)],
+)
+def test_dual_clip_bounds_the_loss_of_a_bad_token_and_leaves_good_ones_alone(
+    advantage, ratio, loss, gradient, fraction
+):
+    logprobs, leaf = one_token(-3.0 + math.log(ratio))
+    value, metrics = grpo(logprobs, tiny_batch(advantage=advantage, old_logprob=-3.0), dual_clip=3.0)
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-5)
+    assert leaf.grad.item() == pytest.approx(gradient, abs=1e-5)
+    assert metrics["dual_clip_frac"].item() == fraction
+
+
+def test_a_dual_clip_below_one_is_refused():
+    with pytest.raises(ConfigError, match="dual_clip is 0"):
+        grpo(torch.zeros(1, 2), tiny_batch(), dual_clip=0.5)
+
+
+def two_sequences(**changes):
+    """Log-ratios 0.3 and -0.1 in the first sequence, 0.5 in the second."""
+    fields = {
+        "mask": [[False, True, True], [False, True]],
+        "advantages": [[0, 2, 2], [0, -1]],
+        "weights": [[0, 0.25, 0.25], [0, 0.5]],
+        "old_logprobs": [[0, -1.0, -1.0], [0, -2.0]],
+        "dtype": torch.float64,
+    }
+    logprobs = torch.tensor([[0.0, -0.7, -1.1, 0.0, -1.5]], dtype=torch.float64, requires_grad=True)
+    return packed_batch(**(fields | changes)), logprobs
+
+
+def test_gspo_takes_one_ratio_a_sequence_and_sequences_do_not_share_theirs():
+    batch, logprobs = two_sequences()
+    loss, metrics = gspo(logprobs, batch, clip_low=9, clip_high=9)
+    loss.backward()
+    first, second = math.exp(0.1), math.exp(0.5)
+    assert loss.item() == pytest.approx(0.5 * -2 * first + 0.5 * second)
+    assert logprobs.grad[0].tolist() == pytest.approx([0, -0.5 * first, -0.5 * first, 0, 0.5 * second])
+    assert metrics["clip_frac"].item() == 0
+
+
+def test_gspo_clips_whole_sequences():
+    batch, logprobs = two_sequences()
+    loss, metrics = gspo(logprobs, batch, clip_low=0.05, clip_high=0.05)
+    loss.backward()
+    assert logprobs.grad[0].tolist() == pytest.approx([0, 0, 0, 0, 0.5 * math.exp(0.5)])
+    assert metrics["clip_frac"].item() == pytest.approx(2 / 3)
+    assert metrics["clip_high_frac"].item() == pytest.approx(2 / 3)
+
+
+def test_gspo_of_tokens_is_gspo_of_sequences_where_a_sequence_has_one_advantage_and_only_there():
+    for advantages, equal in (([[0, 2, 2], [0, -1]], True), ([[0, 2, 1], [0, -1]], False)):
+        gradients = []
+        for level in ("sequence", "token"):
+            batch, logprobs = two_sequences(advantages=advantages)
+            loss, _ = gspo(logprobs, batch, clip_low=0.5, clip_high=0.5, level=level)
+            loss.backward()
+            gradients.append((loss.item(), logprobs.grad))
+        assert gradients[0][0] == pytest.approx(gradients[1][0])
+        assert torch.allclose(gradients[0][1], gradients[1][1]) == equal
+
+
+def test_cispo_keeps_the_gradient_of_a_clipped_token():
+    batch, logprobs = two_sequences()
+    loss, metrics = cispo(logprobs, batch, clip_high=0.2)
+    loss.backward()
+    assert logprobs.grad[0].tolist() == pytest.approx([0, -0.5 * 1.2, -0.5 * math.exp(-0.1), 0, 0.5 * 1.2])
+    assert metrics["clip_frac"].item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("advantage", "temperature"), [(2.0, 1.0), (-2.0, 1.05)])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.7])
+def test_the_gate_of_sapo_is_the_slope_of_its_loss(advantage, temperature, ratio):
+    logprobs, leaf = one_token(-1.0 + math.log(ratio))
+    loss, metrics = sapo(logprobs, tiny_batch(advantage=advantage, old_logprob=-1.0))
+    loss.backward()
+    sigmoid = 1 / (1 + math.exp(-temperature * (ratio - 1)))
+    assert metrics["gate_mean"].item() == pytest.approx(4 * sigmoid * (1 - sigmoid), rel=1e-5)
+    assert leaf.grad.item() == pytest.approx(-advantage * ratio * metrics["gate_mean"].item(), rel=1e-5)
+
+
+# -- methods
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_says_about_the_batch_are_settings_of_a_window(method):
+    settings = METHODS[method] | ({"constant_length": 8} if METHODS[method]["aggregation"] == "constant" else {})
+    WindowSettings(prompts_per_step=1, group_size=2, **settings)
+    assert method in LOSSES
 
 
 # -- split invariance
@@ -271,6 +389,8 @@ def test_mismatch_metrics_are_those_of_the_trained_tokens():
     assert metrics["logprob_diff_max"].item() == pytest.approx(LN2)
     assert metrics["logprob_diff_mean"].item() == pytest.approx((LN2 + 0.5) / 2)
     assert metrics["token_mult_prob_error"].item() == pytest.approx((2 + math.exp(0.5)) / 2)
+    k3 = (0.5 - 1 + LN2, math.exp(0.5) - 1 - 0.5)
+    assert metrics["generator_kl"].item() == pytest.approx(sum(k3) / 2)
     assert metrics["num_trained"].item() == 2
 
 
@@ -281,11 +401,12 @@ def test_a_fillers_token_is_no_mismatch_and_an_empty_batch_agrees():
         "logprob_diff_max": 0.0,
         "logprob_diff_mean": 0.0,
         "token_mult_prob_error": 1.0,
+        "generator_kl": 0.0,
         "num_trained": 0.0,
     }
 
 
-@pytest.mark.parametrize("function", [reinforce, clipped, grpo, mismatch_metrics])
+@pytest.mark.parametrize("function", [*LOSSES.values(), mismatch_metrics])
 def test_logprobs_of_another_shape_are_refused(function):
     with pytest.raises(AlignmentError, match=r"\(1, 1\).*\(1, 2\)"):
         function(torch.zeros(1, 1), tiny_batch())

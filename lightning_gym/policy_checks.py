@@ -1,0 +1,69 @@
+"""What a policy must be like for its logprobs to mean what losses assume; checked before a rollout is paid for."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
+
+from lightning_gym.errors import ConfigError
+from lightning_gym.rollout import SamplingProfile
+
+
+def check_no_dropout(model: nn.Module) -> None:
+    """Refuse a policy with dropout: each of its forwards would be of another policy than the one that sampled.
+
+    Raises:
+        ConfigError: names the first module that would, and its probability.
+    """
+    for name, module in model.named_modules():
+        probability = module.p if isinstance(module, _DropoutNd) else _attention_dropout(module)
+        if module.training and probability > 0:
+            raise ConfigError(
+                f"{name or type(model).__name__} ({type(module).__name__}) has dropout {probability:g} and is in "
+                "training mode: every forward would be of another policy than the one that sampled, and ratios would "
+                "be noise. Load the model with its dropout settings at 0 (attention_dropout=0.0, lora_dropout=0.0, ...)"
+            )
+
+
+def check_vocabulary(model: nn.Module, num_ids: int) -> None:
+    """Refuse a tokenizer that knows ids which the model has no embedding for.
+
+    A model with more rows than the tokenizer has ids is fine: vocabularies are padded.
+
+    Args:
+        model: a transformers model.
+        num_ids: the tokenizer's largest id, plus 1.
+
+    Raises:
+        ConfigError: says both sizes.
+    """
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  every PreTrainedModel has it
+    rows: int = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    if num_ids > rows:
+        raise ConfigError(
+            f"the tokenizer has ids up to {num_ids - 1}, and the model's embedding has {rows} rows: they are of "
+            "different models, or tokens were added without model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def check_sampling(profile: SamplingProfile, *, corrected: bool) -> None:
+    """Refuse to train on tokens of a truncated distribution, unless their ratio to the trainer's enters the loss.
+
+    Args:
+        profile: of training rollouts.
+        corrected: whether a correction for the difference of sampler and trainer is on.
+
+    Raises:
+        ConfigError: `top_p` or `top_k` truncates, and nothing corrects for it.
+    """
+    if (profile.top_p != 1.0 or profile.top_k != -1) and not corrected:
+        raise ConfigError(
+            f"sampling has top_p={profile.top_p}, top_k={profile.top_k}: tokens would come from a truncated "
+            "distribution that the trainer does not compute; train with top_p=1 and top_k=-1, or switch a correction "
+            "on, such as PolicyModule(correction='token_tis')"
+        )
+
+
+def _attention_dropout(module: nn.Module) -> float:
+    value = getattr(module, "attention_dropout", 0.0)
+    return value if isinstance(value, float) else 0.0
