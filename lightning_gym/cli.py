@@ -1,4 +1,4 @@
-"""``lightning-gym``: train, serve, inspect, bench. Each command imports what it needs when it runs."""
+"""``lightning-gym``: train, serve, validate, doctor, inspect, bench. Each imports what it needs when it runs."""
 
 import argparse
 import json
@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_gym.errors import ConfigError, LightningGymError
+
+if TYPE_CHECKING:
+    from lightning_gym.validate import Check
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-gym", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser(
-        "train", help="train a recipe: lightning-gym train counter trainer.max_steps=20 (Hydra overrides)"
+        "train", help="train a recipe: lightning-gym train counter --devices 2 trainer.max_steps=20 (Hydra overrides)"
     )
     serve = commands.add_parser("serve", help="start the OpenAI-compatible endpoint alone")
     serve.add_argument("model", type=Path, help="directory of a transformers model")
@@ -41,7 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--api-key", default=None, help="bearer token; a random one by default")
     serve.add_argument("--max-model-len", type=int, default=4096)
     serve.add_argument("--dtype", default="float32")
+    parser_help = "`builtin`, or a name in vLLM's registry"
+    serve.add_argument("--tool-parser", default="builtin", help=f"how tool calls are read: {parser_help}")
+    serve.add_argument("--reasoning-parser", default="builtin", help=f"how reasoning is read: {parser_help}")
     serve.set_defaults(command=_serve)
+    validate = commands.add_parser(
+        "validate", help="check a training set-up, or anyone's endpoint and Gym: lightning-gym validate counter"
+    )
+    validate.add_argument("recipe", nargs="*", help="a recipe and overrides, as `train` takes them: its set-up is run")
+    validate.add_argument("--endpoint", default=None, help="check this OpenAI-compatible endpoint, /v1 included")
+    validate.add_argument("--api-key", default="", help="its bearer token")
+    validate.add_argument("--served-model", default=None, help="which of its models; the first by default")
+    validate.add_argument("--gym", default=None, help="check the Gym with this head server's URL; needs --rows")
+    validate.add_argument("--rows", type=Path, default=None, help="JSONL of the dataset rows to play")
+    validate.add_argument("--limit", type=int, default=4, help="how many rows are played")
+    validate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    validate.set_defaults(command=_validate)
     inspect = commands.add_parser("inspect", help="print the rollouts of a rollouts.jsonl, token by token")
     inspect.add_argument("rollouts", type=Path)
     inspect.add_argument("--model", type=Path, default=None, help="whose tokenizer decodes; the run's own by default")
@@ -49,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--limit", type=int, default=None, help="at most this many rollouts")
     inspect.add_argument("--json", action="store_true", help="one JSON object a line")
     inspect.set_defaults(command=_inspect)
+    doctor = commands.add_parser("doctor", help="what a model's chat template does, and what that means for training")
+    doctor.add_argument("--model", type=Path, required=True, help="directory of a transformers model")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.set_defaults(command=_doctor)
     bench = commands.add_parser("bench", help="measure this machine; from a checkout")
     bench.add_argument("name", help="a module of benchmarks/, or `all`")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -57,10 +80,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: list[str]) -> None:
-    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        arguments = [f"recipe={arguments[0]}", *arguments[1:]]
+    arguments = _overrides(arguments)
     # A program of its own, so that Lightning's launcher can start the other ranks with the same command.
     os.execv(sys.executable, [sys.executable, "-m", "lightning_gym.train", *arguments])  # noqa: S606  no shell
+
+
+def _overrides(arguments: list[str]) -> list[str]:
+    """Hydra's overrides; a bare first word is a recipe, ``--devices N`` is ``++trainer.devices=N``."""
+    if "--devices" in arguments[:-1]:
+        place = arguments.index("--devices")
+        arguments = [*arguments[:place], f"++trainer.devices={arguments[place + 1]}", *arguments[place + 2 :]]
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        return [f"recipe={arguments[0]}", *arguments[1:]]
+    return arguments
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -75,7 +107,49 @@ def _serve(arguments: argparse.Namespace) -> None:
         api_key=arguments.api_key,
         max_model_len=arguments.max_model_len,
         dtype=arguments.dtype,
+        tool_parser=arguments.tool_parser,
+        reasoning_parser=arguments.reasoning_parser,
     )
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    from lightning_gym.validate import check_json, check_table
+
+    checks = [*_endpoint_checks(arguments), *_gym_checks(arguments), *_recipe_checks(arguments)]
+    if not checks:
+        raise ConfigError("nothing to check; name a recipe, --endpoint, or --gym with --rows")
+    print(check_json(checks) if arguments.json else check_table(checks))
+    if any(check.passed is False for check in checks):
+        sys.exit(1)
+
+
+def _endpoint_checks(arguments: argparse.Namespace) -> "list[Check]":
+    from lightning_gym.validate import EndpointChecks
+
+    if arguments.endpoint is None:
+        return []
+    return EndpointChecks(arguments.endpoint, api_key=arguments.api_key, model=arguments.served_model).run()
+
+
+def _gym_checks(arguments: argparse.Namespace) -> "list[Check]":
+    from lightning_gym.rollout import SamplingProfile
+    from lightning_gym.tasks import read_tasks
+    from lightning_gym.validate import check_gym
+
+    if arguments.gym is None:
+        return []
+    if arguments.rows is None:
+        raise ConfigError("--gym needs --rows, the dataset rows to play")
+    tasks = read_tasks(arguments.rows)[: arguments.limit]
+    return check_gym(arguments.gym, tasks, SamplingProfile(), timeout_s=600.0)
+
+
+def _recipe_checks(arguments: argparse.Namespace) -> "list[Check]":
+    if not arguments.recipe:
+        return []
+    from lightning_gym.validate_training import check_recipe
+
+    return check_recipe(_overrides(arguments.recipe), limit=arguments.limit)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -94,6 +168,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
         described = describe_rollout(rollout, chat.decode)
         print(json.dumps(described, ensure_ascii=False) if arguments.json else rollout_text(described) + "\n")
         shown += 1
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from lightning_gym.doctor import diagnosis_json, diagnosis_table, examine
+
+    diagnosis = examine(arguments.model)
+    print(diagnosis_json(diagnosis) if arguments.json else diagnosis_table(diagnosis))
+    if not diagnosis.trainable:
+        sys.exit(1)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -17,15 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_gym.collect import Collection, Collector
+from lightning_gym.collect import Collection, Collector, Stragglers
 from lightning_gym.errors import ConfigError, EngineError
 from lightning_gym.gym import wire
 from lightning_gym.gym.client import GymClient
 from lightning_gym.gym.servers import Gym
+from lightning_gym.ladder import SyncMode
+from lightning_gym.logprobs import check_packing
+from lightning_gym.packed_attention import use_packed_attention
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.endpoint import Endpoint
 from lightning_gym.policy.engine import Engine, EngineModel
 from lightning_gym.policy.ledger import Ledger, Profile
+from lightning_gym.policy.parsers import BUILTIN
+from lightning_gym.policy.service import PolicyService
+from lightning_gym.policy_checks import check_no_dropout, check_vocabulary
 from lightning_gym.ranks import Ranks
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.sync import SyncReport, WeightSync
@@ -45,11 +51,16 @@ class CollectSettings:
     retries: int = 2
     max_failed_frac: float = 0.25
     heartbeat_s: float = 10.0
+    stragglers: Stragglers | None = None
     max_concurrency: int = 512
     endpoint_port: int = 0
     """0 picks a free one."""
     endpoint_api_key: str | None = None
     """Bearer token of the endpoint; ``None`` makes a random one."""
+    tool_parser: str | None = BUILTIN
+    """How agents see tool calls, see `lightning_gym.policy.chat.ChatFormat`."""
+    reasoning_parser: str | None = BUILTIN
+    """How agents see reasoning."""
 
 
 class Colocation:
@@ -60,20 +71,28 @@ class Colocation:
         gym: not started.
         profiles: sampling of train and eval rollouts.
         settings: how rollouts are played.
+        sync_mode: how the engine gets the trainer's weights, see `lightning_gym.ladder`.
     """
 
     def __init__(
-        self, engine: Engine, gym: Gym, profiles: dict[Profile, SamplingProfile], settings: CollectSettings
+        self,
+        engine: Engine,
+        gym: Gym,
+        profiles: dict[Profile, SamplingProfile],
+        settings: CollectSettings,
+        *,
+        sync_mode: SyncMode = "auto",
     ) -> None:
         self.profiles = profiles
         self.ranks = Ranks()
-        self.reports: list[SyncReport] = []
-        """Syncs since the last `take_reports`."""
+        self._report: SyncReport | None = None
+        """Of the last sync, until `take_sync_metrics` is asked for it."""
         self.start_seconds: dict[str, float] = {}
         """What `start` spent on the engine and on Gym."""
         self._engine = engine
         self._gym = gym
         self._settings = settings
+        self._sync_mode: SyncMode = sync_mode
         self._ledger = Ledger()
         self._endpoint: Endpoint | None = None
         self._sync: WeightSync | None = None
@@ -96,31 +115,39 @@ class Colocation:
             ranks: who else trains.
 
         Raises:
-            ConfigError: the chat template, the port, a task's agent, or ``max_model_len`` against a task's prompt.
+            ConfigError: the model mixes packed sequences, has dropout, has fewer rows than the tokenizer ids, or cannot
+                be synced in this mode; the chat template, the port, a task's agent, or ``max_model_len`` against a
+                task's prompt.
             EngineStartError: the engine could not be built.
             GymStartError: Gym did not come up.
         """
         self.ranks = ranks
-        endpoint = Endpoint(
+        use_packed_attention(model)
+        check_packing(model)
+        check_no_dropout(model)
+        service = PolicyService(
             self._engine,
             model_path,
             self._ledger,
-            profiles=self.profiles,
-            port=self._settings.endpoint_port,
-            api_key=self._settings.endpoint_api_key,
+            self.profiles,
+            tool_parser=self._settings.tool_parser,
+            reasoning_parser=self._settings.reasoning_parser,
         )
+        endpoint = Endpoint(service, port=self._settings.endpoint_port, api_key=self._settings.endpoint_api_key)
         self._endpoint = endpoint
         self._closers.append(("endpoint", endpoint.close))
+        check_vocabulary(model, endpoint.service.chat.num_ids)
         check_prompts(tasks[:_NUM_PROMPTS_CHECKED], endpoint.service.chat, self._engine.max_model_len)
         parameter = next(model.parameters())
         device = str(parameter.device)
         dtype = str(parameter.dtype).removeprefix("torch.")
         start = time.perf_counter()
+        self._closers.append(("weight sync", self._release_weights))
         self._closers.append(("engine", self._engine.close))
         self._engine.start(
             EngineModel(path=model_path, dtype=dtype, device=device, weights=lambda: checkpoint_weights(model))
         )
-        self._sync = WeightSync(self._engine, model)
+        self._sync = WeightSync(self._engine, model, mode=self._sync_mode)
         built = time.perf_counter()
         endpoint.start()
         self._closers.append(("gym", self._gym.close))
@@ -155,6 +182,7 @@ class Colocation:
             retries=settings.retries,
             max_failed_frac=settings.max_failed_frac,
             heartbeat_s=settings.heartbeat_s,
+            stragglers=settings.stragglers,
         )
 
     def _disconnect(self) -> None:
@@ -162,6 +190,10 @@ class Colocation:
         if self._client is not None:
             self._runner.run(self._client.close())
         self._runner.close()
+
+    def _release_weights(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -183,13 +215,21 @@ class Colocation:
             raise EngineError("the colocation has not been started")
         if self._engine.weight_version != version:
             report = self._sync.sync(version)
-            self.reports.append(report)
+            self._report = report
             self.endpoint.service.stats.sync_seconds += report.seconds
 
-    def take_reports(self) -> list[SyncReport]:
-        """The syncs since this was last asked."""
-        taken, self.reports = self.reports, []
-        return taken
+    def take_sync_metrics(self) -> dict[str, float]:
+        """What to log of the last sync; empty if there was none since this was last asked."""
+        report, self._report = self._report, None
+        if report is None:
+            return {}
+        return {
+            "sync/copy_s": report.seconds - report.canary_seconds,
+            "sync/canary_s": report.canary_seconds,
+            "sync/bytes": float(report.num_bytes),
+            "sync/tensors": float(report.num_tensors),
+            "sync/canary_diff": report.canary_diff,
+        }
 
     def collect(self, dealt: Sequence[DealtTask], *, group_size: int, profile: Profile) -> Collection:
         """Play `group_size` attempts at every task with the weights the engine has.
@@ -201,16 +241,30 @@ class Colocation:
         """
         if self._runner is None or self._collector is None:
             raise EngineError("the colocation has not been started")
+        with self.playing():
+            return self._runner.run(
+                self._collector.collect(
+                    dealt, group_size=group_size, profile_name=profile, profile=self.profiles[profile]
+                )
+            )
+
+    @contextlib.contextmanager
+    def playing(self) -> Generator[None]:
+        """The engine's turn: the endpoint answers inside, and the trainer's random state is the same afterwards.
+
+        Raises:
+            WeightSyncError: the engine shares the trainer's weights, and they changed since they were synced.
+        """
+        if self._sync is None:
+            raise EngineError("the colocation has not been started")
         with random_state_kept():
+            self._sync.check_unchanged()
             self._engine.resume()
             try:
-                return self._runner.run(
-                    self._collector.collect(
-                        dealt, group_size=group_size, profile_name=profile, profile=self.profiles[profile]
-                    )
-                )
+                yield
             finally:
                 self._engine.pause()
+            self._sync.check_unchanged()
 
     def close(self) -> None:
         """Stop everything that was started, last first; bounded, idempotent, never raises."""

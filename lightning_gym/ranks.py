@@ -7,8 +7,12 @@ rollouts of different ranks end minutes apart.
 
 import contextlib
 import datetime as dt
+import os
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
+
+from lightning_gym.errors import ConfigError
 
 _TIMEOUT = dt.timedelta(hours=6)
 
@@ -27,6 +31,25 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._group: Any = None
+
+    @classmethod
+    def of_process_group(cls) -> "Ranks":
+        """The ranks of ``torch.distributed``'s default process group, which Fabric and Accelerate make as well.
+
+        Raises:
+            ConfigError: a launcher started several processes, but they have not joined a group.
+        """
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        _, size = launched()
+        if size > 1:
+            raise ConfigError(
+                f"a launcher started {size} processes, but there is no process group: each would train alone. Call "
+                "torch.distributed.init_process_group() first (Fabric: fabric.launch(); Accelerate: Accelerator())"
+            )
+        return cls()
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Elementwise sum over the ranks, in float64."""
@@ -85,3 +108,30 @@ class Ranks:
 
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         return self._group
+
+
+def launched() -> tuple[int, int]:
+    """This process's rank and their number, as torchrun (``fabric run``, ``accelerate launch``) or srun says.
+
+    Example: a process that no launcher started.
+
+        >>> launched()
+        (0, 1)
+    """
+    environ = os.environ
+    if "WORLD_SIZE" in environ and "RANK" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    # A shell inside an allocation has the variables too; Lightning tells it by these job names.
+    if "SLURM_PROCID" in environ and environ.get("SLURM_JOB_NAME") not in {"bash", "interactive"}:
+        return int(environ["SLURM_PROCID"]), int(environ.get("SLURM_NTASKS", "1"))
+    return 0, 1
+
+
+def rank_dir(run_dir: Path, rank: int) -> Path:
+    """Where a rank writes what each rank writes: rank 0 into the run's directory, others into folders inside.
+
+    Example:
+        >>> rank_dir(Path("run"), 0).as_posix(), rank_dir(Path("run"), 3).as_posix()
+        ('run', 'run/rank_3')
+    """
+    return run_dir / f"rank_{rank}" if rank else run_dir

@@ -1,39 +1,44 @@
-"""sync_weights: hand the trainer's weights to the engine, and prove that it has them.
+"""WeightSync: hand the trainer's weights to the engine, and prove that it has them.
 
-``copy`` writes every trainer tensor into the engine's own (`Engine.weight_views`) with one fused call, from a plan made
-once. Before the first copy a manifest is compared: a missing, extra or mis-shaped tensor stops the run before a
-rollout. After every copy a canary is: trainer and engine must give a fixed sequence the same logprobs, which no stale
-tensor, packed copy or forgotten cache survives.
+How they get there is a rung of `lightning_gym.ladder`. What is checked is the same on every rung. Before: the trainer
+holds the tensors that the engine was built for (`lightning_gym.manifest`). After: the engine computes with the tensors
+that were written, by address, and gives a fixed sequence the trainer's logprobs (`lightning_gym.canary`). What does not
+agree stops the run before a rollout.
 """
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gym.errors import WeightSyncError
+from lightning_gym.canary import Canary
+from lightning_gym.errors import ConfigError, WeightSyncError
+from lightning_gym.ladder import Copy, Reload, Rung, Share, SyncMode
+from lightning_gym.manifest import Manifest
 from lightning_gym.policy.engine import Engine
-from lightning_gym.weights import named_weights
+from lightning_gym.weights import Weight, weights
 
-_CANARY_TOKENS = 24
-_CANARY_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
-"""Nats; the largest seen between correct engines and trainers, tenfold. A stale tensor is off by a nat or more."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
     """What one sync did."""
 
-    mode: str
+    mode: SyncMode
+    """The rung that was used; never ``"auto"``."""
     version: int
     seconds: float
-    """All of it, canary included."""
-    copy_seconds: float
+    """All of it."""
+    canary_seconds: float
+    """Of it, the forward passes of the canary."""
     num_bytes: int
-    """Written into the engine."""
+    """Written into the engine. With ``share``: all of it at the first sync, 0 afterwards."""
     num_tensors: int
+    """Written into the engine; frozen ones are written once."""
     canary_diff: float
     """Largest difference between trainer and engine on the canary's tokens, nats."""
 
@@ -44,88 +49,126 @@ class WeightSync:
     Args:
         engine: started, paused.
         model: the causal language model being trained.
+        mode: a rung of the ladder; ``"auto"`` takes the first whose preconditions hold.
+        max_lag: optimizer steps by which a rollout's weights may be behind; from 1 on training runs while the engine
+            samples, and its weights must not change with the trainer's.
+
+    Raises:
+        ConfigError: the engine or the model cannot be synced in this mode; says why.
+        WeightSyncError: engine and model hold different tensors.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
+    def __init__(self, engine: Engine, model: nn.Module, *, mode: SyncMode = "auto", max_lag: int = 0) -> None:
         self._engine = engine
         self._model = model
-        self._views = engine.weight_views()
-        check_manifest(self._views, {name: tensor.shape for name, tensor in named_weights(model)})
-        generator = torch.Generator().manual_seed(0)
-        vocab_size: int = model.config.vocab_size  # type: ignore[union-attr]  every PreTrainedModel has a config
-        length = min(_CANARY_TOKENS, engine.max_model_len - 1)
-        self._canary = torch.randint(vocab_size, (length,), generator=generator)
+        self._mode: SyncMode = mode
+        self._views, no_views = _views_of(engine)
+        held = list(weights(model))
+        self._manifest = Manifest(held, self._views)
+        self._canary = Canary(engine, model)
+        self._rung = self._choose(held, no_views, max_lag)
+        self._stamp: list[int] = []
 
     def sync(self, version: int) -> SyncReport:
         """Give the engine the model's weights as `version`.
 
         Raises:
-            WeightSyncError: the engine refused, or disagrees with the trainer afterwards.
+            WeightSyncError: the engine refused, the trainer holds other tensors than at first, or the two disagree
+                afterwards.
         """
         start = time.perf_counter()
-        pairs = list(self._pairs())
+        held = list(weights(self._model))
+        self._manifest.check_trainer(held)
+        self._keep_shared(held)
+        written = (0, 0)
 
         def write() -> None:
-            with torch.no_grad():
-                # One call for all tensors; torch.optim's own foreach steps rest on it. torch 2.13, `_foreach_copy_`.
-                torch._foreach_copy_([view for view, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateUsage]
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+            nonlocal written
+            written = self._rung.write(held)
+            if self._views is not None:
+                self._manifest.check_engine(self._engine.weight_views())
 
         self._engine.update_weights(write, version=version)
-        copied = time.perf_counter()
-        difference = self._canary_diff()
-        dtype = pairs[0][0].dtype
-        tolerance = _CANARY_TOLERANCE[dtype]
-        if not difference <= tolerance:
-            raise WeightSyncError(
-                f"after syncing version {version} trainer and engine disagree by {difference:.3g} nats on the canary "
-                f"tokens (at most {tolerance:g} in {dtype}): some of the engine's weights are not the trainer's"
-            )
+        self._stamp = _stamp(held)
+        handed_over = time.perf_counter()
+        difference = self._canary.check(self._engine_dtype(), version=version)
+        done = time.perf_counter()
         return SyncReport(
-            mode="copy",
+            mode=self._rung.name,
             version=version,
-            seconds=time.perf_counter() - start,
-            copy_seconds=copied - start,
-            num_bytes=sum(view.numel() * view.element_size() for view, _ in pairs),
-            num_tensors=len(pairs),
+            seconds=done - start,
+            canary_seconds=done - handed_over,
+            num_bytes=written[0],
+            num_tensors=written[1],
             canary_diff=difference,
         )
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for name, tensor in named_weights(self._model):
-            yield self._views[name], tensor
+    def check_unchanged(self) -> None:
+        """Refuse to sample from weights that changed since they were synced; only ``share`` lets them.
 
-    @torch.no_grad()
-    def _canary_diff(self) -> float:
-        device = next(self._model.parameters()).device
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            logits = self._model(input_ids=self._canary[None].to(device), use_cache=False).logits[0, :-1]
-        finally:
-            self._model.train(was_training)
-        targets = self._canary[1:].to(device)
-        trainer = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()
-        engine = torch.tensor(self._engine.prompt_logprobs(self._canary.tolist()))
-        return (trainer - engine).abs().max().item()
+        Raises:
+            WeightSyncError: an optimizer stepped while a collection was open, or before the step was synced.
+        """
+        if isinstance(self._rung, Share) and _stamp(list(weights(self._model))) != self._stamp:
+            raise WeightSyncError(
+                "the engine shares the trainer's weights, and they changed after version "
+                f"{self._engine.weight_version} was synced: something trains while the engine samples, or samples "
+                "before a sync. Use sync_mode='copy' if that is meant"
+            )
 
+    def close(self) -> None:
+        """Leave the model with tensors of its own; call it when the engine is gone."""
+        if isinstance(self._rung, Share):
+            self._rung.release(list(weights(self._model)))
 
-def check_manifest(engine: Mapping[str, Tensor], trainer: Mapping[str, torch.Size]) -> None:
-    """Refuse engine tensors that the trainer does not fill, trainer tensors without a place, and other shapes.
+    def _choose(self, held: Sequence[Weight], no_views: str | None, max_lag: int) -> Rung:
+        refused: dict[SyncMode, str] = {}
+        if self._views is None:
+            refused["share"] = refused["copy"] = no_views or ""
+        elif max_lag >= 1:
+            refused["share"] = f"max_lag is {max_lag}, so training would change weights that the engine samples from"
+        elif (reason := Share.refusal(held, self._views)) is not None:
+            refused["share"] = reason
+        if self._mode in refused:
+            raise ConfigError(f"sync_mode={self._mode!r} cannot be used: {refused[self._mode]}. Use sync_mode='auto'")
+        views = self._views or {}
+        rungs: list[Rung] = [Share(views), Copy(views), Reload(self._engine, self._model)]
+        chosen = next(rung for rung in rungs if rung.name not in refused and self._mode in ("auto", rung.name))
+        because = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
+        _log.info("weights reach the engine by %s%s", chosen.name, because)
+        return chosen
 
-    Raises:
-        WeightSyncError: names every tensor concerned.
-    """
-    problems = [f"{name}: the trainer has it, the engine does not" for name in trainer.keys() - engine.keys()]
-    problems += [f"{name}: the engine has it, the trainer does not" for name in engine.keys() - trainer.keys()]
-    problems += [
-        f"{name}: {tuple(shape)} in the trainer, {tuple(engine[name].shape)} in the engine"
-        for name, shape in trainer.items()
-        if name in engine and engine[name].shape != shape
-    ]
-    if problems:
-        listed = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise WeightSyncError(
-            f"trainer and engine hold different weights: {listed}. Is `policy` the attribute of the whole causal LM?"
+    def _keep_shared(self, held: Sequence[Weight]) -> None:
+        """Notice parameters that were given another storage, by ``assign=True``, ``.to()`` or a swap of ``.data``."""
+        if not isinstance(self._rung, Share) or not (strays := self._rung.strays(held)):
+            return
+        what = (
+            f"{len(strays)} of the trainer's parameters, {strays[0]} the first, were given another storage than the "
+            "engine's (load_state_dict(assign=True), model.to(), a swap of `.data`)"
         )
+        if self._mode == "share":
+            raise WeightSyncError(f"{what}, so the engine would keep their old values. Use sync_mode='copy'")
+        _log.warning("%s; from here on weights are copied", what)
+        assert self._views is not None
+        self._rung.release(held)
+        self._rung = Copy(self._views)
+
+    def _engine_dtype(self) -> torch.dtype:
+        if (
+            self._views is None
+        ):  # quantised or otherwise in a form of its own: as coarse as the coarsest that is compared
+            return torch.bfloat16
+        return next(iter(self._views.values())).dtype
+
+
+def _views_of(engine: Engine) -> tuple[Mapping[str, Tensor] | None, str | None]:
+    """The engine's tensors by name; or why it has none to show."""
+    try:
+        return engine.weight_views(), None
+    except WeightSyncError as error:
+        return None, str(error)
+
+
+def _stamp(held: Sequence[Weight]) -> list[int]:
+    """Changes with every change in place that torch counts; optimizers, ``load_state_dict`` and ``copy_`` are."""
+    return [weight.parameter._version for weight in held]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]

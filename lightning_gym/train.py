@@ -9,13 +9,17 @@ from typing import Any
 
 import hydra
 import lightning.pytorch as L
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_gym.callback import GymCallback
 from lightning_gym.errors import ConfigError, GymStartError
 from lightning_gym.offline import stay_quiet
+from lightning_gym.preconditions import check_trainer
+from lightning_gym.ranks import launched
 from lightning_gym.report import plot_reward, summarize, summary_line
 
 
@@ -38,6 +42,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     policy: L.LightningModule = instantiate(cfg.policy, _convert_="all")
     loggers = [instantiate(logger, _convert_="all") for logger in (cfg.logger or {}).values()]
     trainer: L.Trainer = instantiate(cfg.trainer, callbacks=[callback], logger=loggers, _convert_="all")
+    check_trainer(trainer, GymCallback)
     start = time.perf_counter()
     trainer.fit(policy, datamodule=data, ckpt_path=cfg.ckpt_path)
     summary = summarize(
@@ -89,9 +94,24 @@ def main(cfg: DictConfig) -> None:
     """Hydra's entry point; a mistake of the user's ends in one line instead of a traceback."""
     try:
         run(cfg)
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError | RuntimeError | MisconfigurationException):
+            raise
+        sys.exit(f"lightning-gym: {error.__cause__}")  # what a constructor refused, Lightning's included
     except (ConfigError, GymStartError) as error:
         sys.exit(f"lightning-gym: {error}")
 
 
+def _no_output_of_other_ranks() -> None:
+    """Rank 0 alone writes Hydra's files: `output_dir` may hold a time, which every process reads for itself.
+
+    Lightning's own launcher does the same for the processes it starts; torchrun and srun know nothing of Hydra.
+    """
+    rank, _ = launched()
+    if rank:
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+
+
 if __name__ == "__main__":
+    _no_output_of_other_ranks()
     main()

@@ -1,0 +1,195 @@
+"""The ways in which an engine gets the trainer's weights, fastest first: share, copy, reload.
+
+``share``
+    The trainer's parameters are made views of the engine's tensors. Nothing moves any more, and the weights are in
+    memory once; an optimizer step changes the engine's weights as it changes the trainer's.
+``copy``
+    Every tensor is written into the engine's own with one fused call, cast on the way where the engine computes in
+    another dtype. Frozen tensors are written once.
+``reload``
+    Everything goes through the engine's own loader by name, for engines that hold weights in a form of their own
+    (quantised, mixture of experts, sharded).
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Generator, Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gym.policy.engine import Engine
+from lightning_gym.weights import Weight, checkpoint_weights
+
+SyncMode = Literal["auto", "share", "copy", "reload"]
+
+
+class Rung(Protocol):
+    """One way of handing weights over."""
+
+    name: SyncMode
+
+    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+        """Give the engine these weights; runs inside `Engine.update_weights`.
+
+        Returns:
+            Bytes and tensors that were written.
+        """
+        ...
+
+
+class Share:
+    """Makes the trainer's parameters views of the engine's tensors.
+
+    Args:
+        views: of the engine.
+    """
+
+    name: SyncMode = "share"
+
+    def __init__(self, views: Mapping[str, Tensor]) -> None:
+        self._views = views
+        self._adopted = False
+
+    @staticmethod
+    def refusal(weights: Sequence[Weight], views: Mapping[str, Tensor]) -> str | None:
+        """Why these parameters cannot be views of the engine's tensors; ``None`` if they can."""
+        storages: set[int] = set()
+        for weight in weights:
+            data, view = weight.parameter.data, views[weight.name]
+            if weight.adapter is not None:
+                return f"{weight.name} has a LoRA adapter: the engine needs the sum, which the trainer does not hold"
+            if type(data) is not torch.Tensor or type(view) is not torch.Tensor:
+                return (
+                    f"{weight.name} is a {type(data).__name__} in the trainer and a {type(view).__name__} in the engine"
+                )
+            if (data.dtype, data.device) != (view.dtype, view.device):
+                return (
+                    f"{weight.name} is {data.dtype} on {data.device} in the trainer and {view.dtype} on {view.device} "
+                    "in the engine"
+                )
+            if not (data.is_contiguous() and view.is_contiguous()):
+                return f"{weight.name} is not contiguous"
+            storage = data.untyped_storage().data_ptr()
+            if storage in storages:
+                return f"{weight.name} is part of a buffer that an optimizer or a wrapper flattened the parameters into"
+            storages.add(storage)
+        return None
+
+    @torch.no_grad()
+    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+        if self._adopted:
+            return 0, 0
+        for weight in weights:
+            view = self._views[weight.name]
+            view.copy_(weight.parameter)
+            weight.parameter.data = view
+        self._adopted = True
+        _give_freed_memory_back()
+        return sum(view.nbytes for view in self._views.values()), len(self._views)
+
+    def strays(self, weights: Sequence[Weight]) -> list[str]:
+        """Names of parameters that were made views of the engine's tensors and are so no more."""
+        if not self._adopted:
+            return []
+        return [w.name for w in weights if w.parameter.data_ptr() != self._views[w.name].data_ptr()]
+
+    def release(self, weights: Sequence[Weight]) -> None:
+        """Give the parameters storages of their own again."""
+        if self._adopted:
+            for weight in weights:
+                weight.parameter.data = weight.parameter.data.clone()
+            self._adopted = False
+
+
+_ONE_THREAD_BYTES = 1 << 20
+"""What one core copies in the time in which it would wake others: tens of microseconds."""
+
+
+@contextlib.contextmanager
+def _one_thread() -> Generator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """One call for all tensors; torch.optim's own foreach steps rest on it. torch 2.13, ``_foreach_copy_``."""
+    if pairs:
+        torch._foreach_copy_([view for view, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateUsage]
+
+
+def _give_freed_memory_back() -> None:
+    """Let go of what the parameters' own storages occupied: glibc keeps freed blocks of up to 32 MB for itself."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+class Copy:
+    """Writes the trainer's tensors into the engine's.
+
+    Args:
+        views: of the engine.
+    """
+
+    name: SyncMode = "copy"
+
+    def __init__(self, views: Mapping[str, Tensor]) -> None:
+        self._views = views
+        self._frozen: dict[str, tuple[int, int]] = {}
+        """Address and version counter at which a frozen parameter was last written."""
+
+    @torch.no_grad()
+    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+        due = [weight for weight in weights if weight.parameter.requires_grad or self._is_due(weight)]
+        small: list[tuple[Tensor, Tensor]] = []
+        large: list[tuple[Tensor, Tensor]] = []
+        for weight in due:
+            view = self._views[weight.name]
+            if weight.adapter is None:
+                is_small = view.nbytes <= _ONE_THREAD_BYTES and view.device.type == "cpu"
+                (small if is_small else large).append((view, weight.parameter))
+        with _one_thread():
+            _copy_all(small)
+        _copy_all(large)
+        for weight in due:
+            if weight.adapter is not None:  # one at a time: a merged weight is a new tensor
+                self._views[weight.name].copy_(weight.tensor())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return sum(self._views[weight.name].nbytes for weight in due), len(due)
+
+    def _is_due(self, weight: Weight) -> bool:
+        """Whether a frozen parameter has to be written; says so once, and again after a change in place."""
+        if weight.adapter is not None:
+            return True
+        state = (weight.parameter.data_ptr(), weight.parameter._version)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        if self._frozen.get(weight.name) == state:
+            return False
+        self._frozen[weight.name] = state
+        return True
+
+
+class Reload:
+    """Sends everything through the engine's own loader.
+
+    Args:
+        engine: that loads.
+        model: whose checkpoint it is given.
+    """
+
+    name: SyncMode = "reload"
+
+    def __init__(self, engine: Engine, model: nn.Module) -> None:
+        self._engine = engine
+        self._model = model
+
+    @torch.no_grad()
+    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+        self._engine.load_weights(checkpoint_weights(self._model))
+        return sum(weight.parameter.nbytes for weight in weights), len(weights)

@@ -1,0 +1,282 @@
+"""GymLoop: the two acts of a step, sync and batches, for a loop written by hand: plain PyTorch, Fabric, Accelerate.
+
+It is made of what `lightning_gym.callback.GymCallback` is made of, `Colocation` and `RolloutStream`, and adds what a
+Trainer does there: it counts optimizer steps.
+"""
+
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from lightning_gym.batch import TrajectoryBatch
+from lightning_gym.colocation import CollectSettings, Colocation
+from lightning_gym.comparison import WindowSettings
+from lightning_gym.errors import ConfigError, StalePolicyError
+from lightning_gym.gym.servers import Gym
+from lightning_gym.ladder import SyncMode
+from lightning_gym.policy.engine import Engine
+from lightning_gym.policy.ledger import Profile
+from lightning_gym.policy_checks import check_sampling
+from lightning_gym.ranks import Ranks, rank_dir
+from lightning_gym.reference import with_old_logprobs
+from lightning_gym.rollout import SamplingProfile
+from lightning_gym.rollout_log import RolloutLog
+from lightning_gym.stream import RolloutStream
+from lightning_gym.tasks import read_tasks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.utils.hooks import RemovableHandle
+
+_STATE_VERSION = 1
+
+
+class GymLoop:
+    """Plays a policy on a Gym and hands out the windows that a hand-written loop trains on.
+
+    ::
+
+        with GymLoop(model, "train.jsonl", engine=VLLMEngine(), gym=EmbeddedGym(["counter"]), window=settings) as gym:
+            for window in gym.windows(max_steps=100):
+                for batch in window:
+                    loss, _ = grpo(token_logprobs(model, batch), batch)
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Every window is played by the weights it trains; with ``updates_per_collection`` above 1, by those that the first
+    window of its collection trained. Batches are on the model's device and complete: do not give them to
+    ``accelerator.prepare`` or ``fabric.setup_dataloaders``, which fetch ahead and deal them out again.
+
+    ``loss_weight`` undoes what a loss is divided by on its way to the optimizer, so that the gradient is that of the
+    plain sum of the losses over all ranks and micro-batches: Accelerate's ``backward`` divides by
+    ``gradient_accumulation_steps`` (1.15, ``accelerator.py``), Fabric's and torch's by nothing; DDP averages over ranks
+    under all three.
+
+    Args:
+        model: the causal language model as the loop calls it, after DDP, Fabric or Accelerate have wrapped it.
+        tasks: JSONL path(s) of Gym dataset rows, or rows in memory.
+        engine: what samples, for example `lightning_gym.VLLMEngine`.
+        gym: what plays, for example `lightning_gym.EmbeddedGym`.
+        window: what an optimizer step is made of.
+        num_micro_batches: of each rank in a window; ``None``: the accelerator's ``gradient_accumulation_steps``, or 1.
+        accelerator: Accelerate's, where the model was prepared by one.
+        ranks: who else trains, on other data; ``None``: everybody in ``torch.distributed``'s process group.
+        sampling: of rollouts; ``top_p`` and ``top_k`` only with `corrected`.
+        corrected: the loop's loss applies one of `lightning_gym.corrections`.
+        collect: how rollouts are played.
+        sync_mode: how the engine gets the weights, see `lightning_gym.GymCallback`.
+        model_path: directory with the model's config, tokenizer and chat template; ``None``: where the model was
+            loaded from (``model.name_or_path``).
+        seed: of the order of tasks.
+        agent: the Gym agent of rows that name none.
+        run_dir: where ``rollouts.jsonl`` and Gym's log go; rank N writes into ``rank_N`` inside.
+
+    Raises:
+        ConfigError: a setting or a row is not usable, or a launcher's processes have not joined a group; on entry,
+            whatever can be checked before a rollout is paid for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: str | Path | Sequence[str | Path | Mapping[str, Any]],
+        *,
+        engine: Engine,
+        gym: Gym,
+        window: WindowSettings,
+        num_micro_batches: int | None = None,
+        accelerator: "Accelerator | None" = None,
+        ranks: Ranks | None = None,
+        sampling: SamplingProfile | None = None,
+        corrected: bool = False,
+        collect: CollectSettings | None = None,
+        sync_mode: SyncMode = "auto",
+        model_path: str | Path | None = None,
+        seed: int = 0,
+        agent: str | None = None,
+        run_dir: str | Path = "gym_run",
+    ) -> None:
+        if accelerator is None and getattr(model, "_is_accelerate_prepared", False):
+            raise ConfigError(
+                "the model was prepared by Accelerate, whose backward() divides losses by gradient_accumulation_steps; "
+                "pass accelerator=..., so that batches are weighted for that"
+            )
+        self.step = 0
+        """Optimizer steps finished; the weight version of the tokens that are sampled next."""
+        self.metrics: dict[str, float] = {}
+        """Of the last window: rollouts, sync, seconds."""
+        self.ranks = ranks or Ranks.of_process_group()
+        """Who else trains; rank 0 is the one to print."""
+        profile = sampling or SamplingProfile()
+        check_sampling(profile, corrected=corrected)
+        profiles: dict[Profile, SamplingProfile] = {"train": profile, "eval": profile}
+        self._colocation = Colocation(engine, gym, profiles, collect or CollectSettings(), sync_mode=sync_mode)
+        self._stream = RolloutStream(read_tasks(tasks, agent=agent), window, seed=seed)
+        if window.updates_per_collection > 1:
+            self._stream.prepare = self._with_old_logprobs
+        self._finished_position = 0
+        self._loss_divisor = 1 if accelerator is None else accelerator.gradient_accumulation_steps
+        self._num_micro_batches = num_micro_batches or self._loss_divisor
+        self._called = model
+        self._model = unwrapped(model)
+        self._model_path = Path(model_path or self._model.config.name_or_path)  # type: ignore[union-attr]  checked
+        self._run_dir = rank_dir(Path(run_dir), self.ranks.rank)
+        self._seed = seed
+        self._steps_seen = 0
+        self._hook: RemovableHandle | None = None
+
+    def __enter__(self) -> Self:
+        trained = {id(parameter) for parameter in self._model.parameters()}
+
+        def count(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            if any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+                self.mark_step()
+
+        self._hook = register_optimizer_step_post_hook(count)
+        try:
+            self._stream.log = RolloutLog(self._run_dir / "rollouts.jsonl", self._model_path, resume=self.step > 0)
+            self._colocation.start(
+                self._model,
+                self._model_path,
+                self._stream.tasks,
+                run_dir=self._run_dir,
+                run_id=uuid.uuid4().hex[:8],
+                ranks=self.ranks,
+            )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def windows(self, max_steps: int) -> Generator[Iterator[TrajectoryBatch]]:
+        """Windows until `max_steps` optimizer steps are done; each is played when it is asked for.
+
+        Collective: every rank asks for the same number.
+
+        Yields:
+            An iterator over the window's micro-batches; the optimizer steps once after the last of them.
+
+        Raises:
+            ConfigError: the ranks train different weights.
+            StalePolicyError: no optimizer step was seen after a window, or one in the middle of it.
+            CollectionError: too many rollouts failed.
+        """
+        while self.step < max_steps:
+            self._check_equal_on_ranks()
+            batches = self._stream.window(
+                self._colocation,
+                version=self.step,
+                num_micro_batches=self._num_micro_batches,
+                loss_divisor=self._loss_divisor,
+            )
+            self.metrics = self._stream.metrics | self._colocation.take_sync_metrics()
+            self._steps_seen = 0
+            unused = iter(batches)
+            yield self._handed_out(unused)
+            self._check_trained(sum(1 for _ in unused))
+            self.step += 1
+            self._finished_position = self._stream.cursor.position
+
+    def mark_step(self) -> None:
+        """Say that the policy's weights have moved.
+
+        Done for you when a torch optimizer steps. Call it where something else moves them (DeepSpeed steps inside
+        ``backward``), or where a step was skipped on purpose, as a gradient scaler does.
+        """
+        self._steps_seen += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands after the last finished optimizer step; plain Python, equal on all ranks."""
+        return self._fingerprint() | {"step": self.step, "position": self._finished_position}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue a run; before entering.
+
+        Raises:
+            ConfigError: the state is of another dataset or seed.
+        """
+        for key, expected in self._fingerprint().items():
+            if state_dict.get(key) != expected:
+                raise ConfigError(f"the saved loop has {key}={state_dict.get(key)}, this one {expected}")
+        self.step = state_dict["step"]
+        self._finished_position = state_dict["position"]
+        self._stream.seek(self._finished_position)
+
+    def close(self) -> None:
+        """Stop the engine and Gym; idempotent, bounded. Leaving the ``with`` block does it."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._colocation.close()
+        if self._stream.log is not None:
+            self._stream.log.close()
+
+    def _with_old_logprobs(self, batches: list[TrajectoryBatch]) -> list[TrajectoryBatch]:
+        with self.ranks.agreeing():
+            return with_old_logprobs(self._called, batches)  # as the loop calls it: in the precision that it trains in
+
+    def _handed_out(self, unused: Iterator[TrajectoryBatch]) -> Iterator[TrajectoryBatch]:
+        device = next(self._model.parameters()).device
+        for batch in unused:
+            if self._steps_seen:
+                raise StalePolicyError(
+                    f"the optimizer stepped in the middle of window {self.step}: its next micro-batch was sampled by "
+                    f"the weights before. Step once, after all {self._num_micro_batches} micro-batches of a window"
+                )
+            yield batch.to(device)
+
+    def _check_equal_on_ranks(self) -> None:
+        *_, probe = self._model.parameters()
+        if self.ranks.size > 1 and not hasattr(probe, "full_tensor"):  # a DTensor holds another shard on every rank
+            sums = self.ranks.gather(probe.detach().double().sum().item())
+            if len(set(sums)) > 1:
+                raise ConfigError(
+                    f"the ranks hold different weights at step {self.step}, so each trains alone; wrap the model in "
+                    "DistributedDataParallel, or prepare it with Fabric or Accelerate, and call the wrapper"
+                )
+
+    def _check_trained(self, num_unused: int) -> None:
+        if num_unused:
+            raise StalePolicyError(
+                f"{num_unused} of the {self._num_micro_batches} micro-batches of window {self.step} were not asked for;"
+                " train on all of a window before the next one, its loss is normalised over all of them"
+            )
+        if not self._steps_seen:
+            raise StalePolicyError(
+                f"no optimizer step on the model's parameters was seen after window {self.step}. Call optimizer.step() "
+                "once after its micro-batches (Accelerate: with accelerator.accumulate(model), and "
+                f"gradient_accumulation_steps={self._num_micro_batches}); call mark_step() where something else moves "
+                "the weights, or where a gradient scaler skipped the step"
+            )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {
+            "version": _STATE_VERSION,
+            "seed": self._seed,
+            "num_tasks": len(self._stream.tasks),
+        }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The language model inside the wrappers of DDP, Fabric (``.module``) and ``torch.compile`` (``._orig_mod``).
+
+    Raises:
+        ConfigError: what is inside is not a transformers model.
+    """
+    while not hasattr(type(model), "from_pretrained"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ConfigError(
+                f"the model is a {type(model).__name__}; expected the transformers causal language model that is "
+                "trained, bare or wrapped by DistributedDataParallel, Fabric, Accelerate or torch.compile"
+            )
+        model = inner
+    return model
