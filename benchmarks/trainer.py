@@ -1,0 +1,114 @@
+"""What the Trainer costs: a Lightning step over a bare PyTorch loop, on the same packed tensors."""
+
+import copy
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import nn
+
+from benchmarks.packing import one_thread, pack
+from benchmarks.table import Measurement
+from lightning_gym.batch import TrajectoryBatch
+from lightning_gym.logprobs import token_logprobs
+from lightning_gym.losses import grpo
+from lightning_gym.module import PolicyModule
+from lightning_gym.packed_attention import use_packed_attention
+from lightning_gym.testing import tiny_model, tiny_tokenizer
+
+ROUNDS, STEPS = 5, 8
+SIZES = {
+    "tiny policy, 64 x 50 tokens": {"num_layers": 2, "hidden_size": 192, "lengths": [50] * 64},
+    "4 layers of 256, 32 x 200 tokens": {"num_layers": 4, "hidden_size": 256, "lengths": [200] * 32},
+}
+
+
+def measure() -> Measurement:
+    """Two sizes, with and without gradient accumulation."""
+    with one_thread():
+        rows = [_row(name, num_micro_batches, **size) for name, size in SIZES.items() for num_micro_batches in (1, 4)]
+    return Measurement(
+        name="trainer",
+        what="Seconds of CPU time on one thread an optimizer step, from packed tensors to updated weights: "
+        "`PolicyModule` under `L.Trainer` "
+        "(metrics computed and logged to no logger) and a loop of token_logprobs, grpo, backward, AdamW. "
+        f"{ROUNDS} rounds of {STEPS} steps of each arm in turn, the first step of a round left out; medians.",
+        rows=rows,
+    )
+
+
+def _row(name: str, num_micro_batches: int, *, num_layers: int, hidden_size: int, lengths: list[int]) -> dict[str, Any]:
+    batches = pack(lengths, num_micro_batches=num_micro_batches)
+    model = tiny_model(tiny_tokenizer(), num_layers=num_layers, hidden_size=hidden_size).train()
+    use_packed_attention(model)
+    arms = {"bare": (_bare, copy.deepcopy(model)), "Lightning": (_lightning, model)}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(ROUNDS):
+        for arm, (run, policy) in arms.items():
+            seconds[arm] += run(policy, batches)
+    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    return {
+        "model and window": name,
+        "micro-batches": num_micro_batches,
+        "bare CPU s": medians["bare"],
+        "Lightning CPU s": medians["Lightning"],
+        "Lightning / bare": medians["Lightning"] / medians["bare"],
+    }
+
+
+def _bare(model: nn.Module, batches: list[TrajectoryBatch]) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
+    stamps: list[float] = []
+    for _ in range(STEPS):
+        for batch in batches:
+            loss, _ = grpo(token_logprobs(model, batch), batch)
+            (loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        stamps.append(time.process_time())
+    return [after - before for before, after in itertools.pairwise(stamps)]
+
+
+class _Steps:
+    """The same window again and again, with the length that Lightning asks for."""
+
+    def __init__(self, batches: list[TrajectoryBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return STEPS * len(self.batches)
+
+    def __iter__(self) -> Iterator[TrajectoryBatch]:
+        return itertools.chain.from_iterable(itertools.repeat(self.batches, STEPS))
+
+
+class _Stamps(L.Callback):
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step > len(self.at):
+            self.at.append(time.process_time())
+
+
+def _lightning(model: nn.Module, batches: list[TrajectoryBatch]) -> list[float]:
+    stamps = _Stamps()
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accumulate_grad_batches=len(batches),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[stamps],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on loaders and loggers
+        trainer.fit(PolicyModule(model, lr=1e-6), train_dataloaders=_Steps(batches))
+    return [after - before for before, after in itertools.pairwise(stamps.at)]
