@@ -21,6 +21,7 @@ ORDER = [
     "gym.light_host",
     "errors",
     "offline",
+    "memory_budget",
     "ranks",
     "rollout",
     "outcome",
