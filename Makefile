@@ -101,7 +101,7 @@ $(READY_DOCS): $(LOCK_DOCS) $(READY)
 	@touch $@
 
 demo: $(READY)
-	$(VENV)/bin/python -m recipes.tiny_policy --environment counter --seed $(SEED) --out outputs/tiny_policy
+	$(VENV)/bin/lightning-gym warm-start counter --seed $(SEED)
 	$(VENV)/bin/lightning-gym train recipe=counter seed=$(SEED) output_dir=outputs/demo
 
 # The suite's tiers: see the markers in pyproject.toml.

@@ -26,7 +26,7 @@ def measure() -> Measurement:
 
 def _demo(seed: int) -> dict[str, object]:
     policies, run = OUT / "tiny_policy", OUT / f"run-{seed}"
-    warm_start = [sys.executable, "-m", "recipes.tiny_policy", "--environment", "counter", "--seed", str(seed)]
+    warm_start = [sys.executable, "-m", "lightning_gym.cli", "warm-start", "counter", "--seed", str(seed)]
     for stale in (policies / f"counter-seed{seed}", run):
         shutil.rmtree(stale, ignore_errors=True)
     start = time.perf_counter()

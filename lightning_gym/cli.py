@@ -1,16 +1,18 @@
-"""``lightning-gym``: train, serve, validate, doctor, inspect, bench. Each imports what it needs when it runs."""
+"""``lightning-gym``: what there is to do from a shell. Each command imports what it needs when it runs."""
 
 import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_gym.errors import ConfigError, LightningGymError
+from lightning_gym.tiny_policy.build import ENVIRONMENTS, TinyPolicy, read_record
 
 if TYPE_CHECKING:
     from lightning_gym.validate import Check
@@ -38,6 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser(
         "train", help="train a recipe: lightning-gym train counter --devices 2 trainer.max_steps=20 (Hydra overrides)"
+    )
+    _add_warm_start_arguments(
+        commands.add_parser(
+            "warm-start", help="make the tiny policy that a CPU recipe starts from: lightning-gym warm-start counter"
+        )
     )
     serve = commands.add_parser("serve", help="start the OpenAI-compatible endpoint alone")
     serve.add_argument("model", type=Path, help="directory of a transformers model")
@@ -77,6 +84,36 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
     return parser
+
+
+def _add_warm_start_arguments(warm_start: argparse.ArgumentParser) -> None:
+    warm_start.add_argument("environment", choices=ENVIRONMENTS)
+    warm_start.add_argument("--out", default="outputs/tiny_policy", help="where ENVIRONMENT-seedN is written")
+    warm_start.add_argument("--json", action="store_true", help="print the whole record as one JSON object")
+    for field in fields(TinyPolicy):
+        if field.name != "environment":
+            kind = float if field.name in ("lr", "error_probability") else int
+            warm_start.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    warm_start.set_defaults(command=_warm_start)
+
+
+def _warm_start(arguments: argparse.Namespace) -> None:
+    settings = {field.name: getattr(arguments, field.name) for field in fields(TinyPolicy)}
+    target = TinyPolicy(**settings).ensure(arguments.out)
+    record = read_record(target)
+    assert record is not None
+    if arguments.json:
+        print(json.dumps({"path": str(target), **record}))
+        return
+    print(
+        f"{target}: starting reward {record['reward_predicted']:.3f} predicted, "
+        f"{record['reward_measured']:.3f} measured ({record['rollouts_measured']} rollouts), "
+        f"{record['reward_greedy']:.3f} greedy"
+    )
+    print(
+        f"{record['parameters'] / 1e6:.2f} M parameters, vocabulary {record['vocab_size']}, "
+        f"{record['sft_steps']} SFT steps in {record['train_seconds']:.0f} s"
+    )
 
 
 def _train(arguments: list[str]) -> None:

@@ -70,10 +70,10 @@ def _reward_predicted(warm_start: str | None) -> float | None:
         return None
     record = Path(warm_start) / "warm_start.json"
     if not record.is_file():
-        environment = Path(warm_start).name.partition("-seed")[0]
+        environment, _, seed = Path(warm_start).name.partition("-seed")
         raise ConfigError(
             f"there is no warm start at {warm_start}; make one first: "
-            f"python -m recipes.tiny_policy --environment {environment}"
+            f"lightning-gym warm-start {environment} --seed {seed or 0} --out {Path(warm_start).parent}"
         )
     return json.loads(record.read_text())["reward_predicted"]
 

@@ -185,7 +185,7 @@ def test_devices_that_srun_did_not_start_are_refused_in_one_line(model_dir, tmp_
 
 
 def counter(output_dir, steps):
-    from recipes.tiny_policy.build import TinyPolicy
+    from lightning_gym.tiny_policy.build import TinyPolicy
 
     warm_start = TinyPolicy(environment="counter", seed=0).ensure(ROOT / "outputs" / "tiny_policy")
     return ["recipe=counter", f"warm_start={warm_start}", f"output_dir={output_dir}", f"trainer.max_steps={steps}"]

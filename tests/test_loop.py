@@ -502,7 +502,7 @@ FABRIC_RUN = [Path(sys.executable).with_name("fabric"), "run", "--devices", "2",
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_each_example_learns_the_counter(example, processes, tmp_path):
-    from recipes.tiny_policy.build import TinyPolicy
+    from lightning_gym.tiny_policy.build import TinyPolicy
 
     warm_start = TinyPolicy(environment="counter", seed=0).ensure(ROOT / "outputs" / "tiny_policy")
     several = FABRIC_RUN if example.stem == "fabric_loop" else TORCHRUN

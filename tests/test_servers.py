@@ -463,7 +463,7 @@ def test_a_server_that_the_head_lists_and_that_does_not_answer_is_named(tmp_path
 @pytest.mark.gym
 @pytest.mark.vllm
 def test_the_demos_policy_trains_on_real_gym_from_the_reward_that_was_predicted(tmp_path, mark):
-    from recipes.tiny_policy.build import TinyPolicy
+    from lightning_gym.tiny_policy.build import TinyPolicy
 
     warm_start = TinyPolicy(environment="counter", seed=0).ensure(ROOT / "outputs" / "tiny_policy")
     arguments = ["counter", "gym=nemo_light", "trainer.max_steps=3"]

@@ -8,8 +8,8 @@ import pytest
 from lightning_gym.errors import ConfigError
 from lightning_gym.gym.environments import load_environment
 from lightning_gym.testing import tiny_tokenizer
-from recipes.tiny_policy import TinyPolicy, ensure_tiny_policy, read_record
-from recipes.tiny_policy.demonstrations import TEACHERS, CounterTeacher, Encoder
+from lightning_gym.tiny_policy.build import TinyPolicy, read_record
+from lightning_gym.tiny_policy.demonstrations import TEACHERS, CounterTeacher, Encoder
 
 TOKENIZER = tiny_tokenizer()
 FEW = {
@@ -133,7 +133,7 @@ def test_counter_demonstrations_make_parallel_calls_as_often_as_asked():
 def test_a_built_policy_is_a_checkpoint_with_its_rows_and_its_record(environment, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    built = ensure_tiny_policy(environment, 3, tmp_path, **FEW)
+    built = TinyPolicy(environment=environment, seed=3, **FEW).ensure(tmp_path)
     assert built == tmp_path / f"{environment}-seed3"
     assert [path.name for path in tmp_path.iterdir()] == [built.name], "the scratch directory is gone"
     record = read_record(built)
@@ -166,9 +166,9 @@ def test_greedy_generation_does_not_depend_on_the_seed(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from recipes.tiny_policy.measure import _generate
+    from lightning_gym.tiny_policy.measure import _generate
 
-    built = ensure_tiny_policy("reverse_string", 0, tmp_path, **FEW)
+    built = TinyPolicy(environment="reverse_string", seed=0, **FEW).ensure(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(built, local_files_only=True).eval()
 
     def said(temperature, seed):

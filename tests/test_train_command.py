@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.tiny_policy.build import TinyPolicy
+from lightning_gym.tiny_policy.build import TinyPolicy
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "lightning_gym.cli", "train"]

@@ -113,7 +113,7 @@ def test_a_failure_on_one_rank_ends_both_with_its_cause(tmp_path):
 
 @pytest.mark.vllm
 def test_the_command_trains_on_two_ranks_with_an_engine_each(tmp_path):
-    from recipes.tiny_policy.build import TinyPolicy
+    from lightning_gym.tiny_policy.build import TinyPolicy
 
     warm_start = TinyPolicy(environment="counter", seed=0).ensure(ROOT / "outputs" / "tiny_policy")
     overrides = [f"warm_start={warm_start}", f"output_dir={tmp_path}", "trainer.max_steps=3"]

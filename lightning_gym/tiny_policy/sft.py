@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from recipes.tiny_policy.demonstrations import Encoded
+from lightning_gym.tiny_policy.demonstrations import Encoded
 
 
 class ImitationModule(L.LightningModule):
@@ -25,7 +26,7 @@ class ImitationModule(L.LightningModule):
 
     def __init__(self, model: nn.Module, *, lr: float, num_steps: int) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.lr, self.num_steps = lr, num_steps
         self.losses: list[Tensor] = []
         """Mean loss of each step so far, in nats per trained token."""
@@ -39,7 +40,7 @@ class ImitationModule(L.LightningModule):
         self.losses.append(loss.detach())
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -53,7 +54,8 @@ class DemonstrationData(L.LightningDataModule):
         self.demonstrations, self.batch_size, self.pad_token_id = demonstrations, batch_size, pad_token_id
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self.demonstrations, batch_size=self.batch_size, collate_fn=self._batch)
+        demonstrations: Any = self.demonstrations  # a sequence is what DataLoader takes, whatever its annotation says
+        return DataLoader(demonstrations, batch_size=self.batch_size, collate_fn=self._batch)
 
     def _batch(self, demonstrations: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         shape = len(demonstrations), max(len(demonstration.token_ids) for demonstration in demonstrations)
@@ -86,7 +88,7 @@ def fit(module: ImitationModule, data: DemonstrationData) -> float:
 
 
 @contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def _quiet_lightning() -> Generator[None]:
     """A run of a minute inside another program should not announce devices and tips."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

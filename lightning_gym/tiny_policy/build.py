@@ -23,8 +23,8 @@ from lightning_gym.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-    from recipes.tiny_policy.demonstrations import Teacher
-    from recipes.tiny_policy.measure import Measurement
+    from lightning_gym.tiny_policy.demonstrations import Encoded, Teacher
+    from lightning_gym.tiny_policy.measure import Measurement
 
 Row = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class TinyPolicy:
 
     def _build(self, target: Path, key: str) -> None:
         from lightning_gym.testing import tiny_model
-        from recipes.tiny_policy.sft import DemonstrationData, ImitationModule, fit
+        from lightning_gym.tiny_policy.sft import DemonstrationData, ImitationModule, fit
 
         clock = _Clock()
         teacher = self._teacher()
@@ -105,8 +105,9 @@ class TinyPolicy:
         )
         clock.lap("prepare")
         module = ImitationModule(model, lr=self.lr, num_steps=self.sft_steps)
+        pad_token_id: Any = tokenizer.pad_token_id
         sft_loss_last = fit(
-            module, DemonstrationData(demonstrations, batch_size=self.batch_size, pad_token_id=tokenizer.pad_token_id)
+            module, DemonstrationData(demonstrations, batch_size=self.batch_size, pad_token_id=pad_token_id)
         )
         clock.lap("train")
         sampled, greedy = self._measure(teacher, model, tokenizer, rows, validation)
@@ -142,7 +143,7 @@ class TinyPolicy:
         (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
     def _teacher(self) -> "Teacher":
-        from recipes.tiny_policy.demonstrations import TEACHERS
+        from lightning_gym.tiny_policy.demonstrations import TEACHERS
 
         teacher = TEACHERS[self.environment]
         return teacher() if self.error_probability is None else teacher(error_probability=self.error_probability)
@@ -161,11 +162,14 @@ class TinyPolicy:
         rng = random.Random(f"{self.environment} corpus")
         conversations = [teacher.demonstrate(teacher.environment.row(rng), rng) for _ in range(256)]
         template = tiny_tokenizer()  # renders text; its ids are not used
-        return tiny_tokenizer(template.apply_chat_template(conversations, tokenize=False))
+        texts: Any = template.apply_chat_template(conversations, tokenize=False)
+        return tiny_tokenizer(texts)
 
-    def _demonstrations(self, teacher: "Teacher", rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast") -> list:
+    def _demonstrations(
+        self, teacher: "Teacher", rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast"
+    ) -> "list[Encoded]":
         """One a row and never the same errors twice: repeated ones would be learned by heart, not as a rate."""
-        from recipes.tiny_policy.demonstrations import Encoder
+        from lightning_gym.tiny_policy.demonstrations import Encoder
 
         encoder = Encoder(tokenizer)
         rng = random.Random(f"{self.environment} demonstrations {self.seed}")
@@ -183,25 +187,12 @@ class TinyPolicy:
         validation: Sequence[Row],
     ) -> tuple["Measurement", "Measurement"]:
         """Sampled on training rows, where the prediction is made; greedy on validation rows."""
-        from recipes.tiny_policy.measure import measure
+        from lightning_gym.tiny_policy.measure import measure
 
         measured = [rows[index % len(rows)] for index in range(self.measured_rollouts)]
         sampled = measure(model, tokenizer, teacher.environment, measured, seed=self.seed)
         greedy = measure(model, tokenizer, teacher.environment, validation, temperature=0.0)
         return sampled, greedy
-
-
-def ensure_tiny_policy(
-    environment: str, seed: int = 0, out: str | os.PathLike[str] = "outputs/tiny_policy", **settings: Any
-) -> Path:
-    """Build the tiny policy of an environment, or return the one that is already there.
-
-    Args:
-        environment: ``"counter"`` or ``"reverse_string"``.
-        out: the policy lands in ``out/<environment>-seed<seed>``.
-        settings: the other fields of `TinyPolicy`.
-    """
-    return TinyPolicy(environment=environment, seed=seed, **settings).ensure(out)
 
 
 def read_record(policy: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_gym.policy.parsers import ParsedMessage, parse_hermes
-from recipes.tiny_policy.demonstrations import Encoder
+from lightning_gym.tiny_policy.demonstrations import Encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def _take_turn(episode: _Episode, token_ids: list[int], tokenizer: PreTrainedTok
     episode.num_generated_tokens += len(token_ids)
     episode.num_calls += 1
     ended = token_ids[-1:] == [tokenizer.eos_token_id]
-    message = parse_hermes(tokenizer.decode(token_ids[:-1] if ended else token_ids))
+    message = parse_hermes(_text(token_ids[:-1] if ended else token_ids, tokenizer))
     episode.well_formed &= ended and "<tool_call>" not in (message.content or "")
     if message.content is not None or not message.tool_calls:
         text = {"type": "output_text", "text": message.content or ""}
@@ -106,6 +106,11 @@ def _take_turn(episode: _Episode, token_ids: list[int], tokenizer: PreTrainedTok
         return
     results = _answer_calls(episode, message)
     episode.token_ids += encoder.continuation([{"role": "tool", "content": result} for result in results])
+
+
+def _text(token_ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    text: Any = tokenizer.decode(token_ids)
+    return text
 
 
 def _answer_calls(episode: _Episode, message: ParsedMessage) -> list[str]:
@@ -138,8 +143,10 @@ def _generate(
     config = GenerationConfig(
         do_sample=temperature > 0, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=end, **sampling
     )
-    generated = model.generate(input_ids, attention_mask=attention_mask, generation_config=config)[:, width:].tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in generated]
+    sampler: Any = model
+    generated = sampler.generate(input_ids, attention_mask=attention_mask, generation_config=config)
+    turns = generated[:, width:].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in turns]
 
 
 def _mean(values: Sequence[float]) -> float:

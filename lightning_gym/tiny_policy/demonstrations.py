@@ -29,11 +29,18 @@ class Teacher(Protocol):
     environment: type
     """The environment's class: ``environment(row)`` is one episode, ``environment.row(rng)`` one dataset row."""
 
+    @property
+    def error_probability(self) -> float:
+        """Per decision."""
+        ...
+
     def demonstrate(self, row: Mapping[str, Any], rng: random.Random) -> list[Message]:
         """One whole conversation, from the row's prompt to the last assistant message."""
+        ...
 
     def expected_reward(self, row: Mapping[str, Any]) -> float:
         """The exact probability that a demonstration of this row is rewarded."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +171,10 @@ class Encoder:
         return Encoded(token_ids, loss_mask)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
+        text: Any = self.tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        return text
 
 
 def _prompt(row: Mapping[str, Any]) -> list[Message]:

@@ -1,0 +1,1 @@
+"""A policy of less than a million parameters, warm-started to a starting reward that is known in advance."""
