@@ -54,6 +54,9 @@ class TrajectoryBatch:
     """``[batch, seq]`` int64, the optimizer step whose weights sampled the token; -1 where the mask is false."""
     sequence_lengths: tuple[int, ...]
     """Lengths of the packed sequences in order; they add up to ``seq``."""
+    sources: tuple[tuple[str, int], ...] = ()
+    """For each packed sequence the id of the rollout whose tokens it holds, and which of its segments: what a token of
+    the batch is looked up by. Empty where nobody says, as in a filler."""
     continues: tuple[int, ...] = ()
     """With shared prompts, for each packed sequence the index of the one before it that it continues, or -1: of
     ``(-1, 0, 0)`` the second and the third both follow the first, and count positions on from its end. Empty: none
@@ -251,6 +254,7 @@ def _pack(
         loss_weight=_row(np.repeat([weight for _, _, weight, _ in spans], lengths) * masks).to(dtype),
         weight_versions=_row(np.concatenate([t.weight_versions[span] for t, _, _, span in spans])),
         sequence_lengths=lengths,
+        sources=tuple((t.rollout_id, t.segment) for t, _, _, _ in spans),
         continues=tuple(piece.continues for piece in pieces) if shared else (),
         temperature=temperature,
     )

@@ -27,6 +27,7 @@ from lightning_gym.ranks import Ranks, rank_dir
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.stream import RolloutStream
+from lightning_gym.trainer_logprobs import FILE_NAME, TrainerLogprobs, logprobs_of
 
 
 class GymCallback(L.Callback):
@@ -59,7 +60,8 @@ class GymCallback(L.Callback):
             sampled ones whatever a parser makes of them.
         reasoning_parser: how they see reasoning: ``"builtin"`` (``<think>``), a name in vLLM's registry
             (``"deepseek_r1"``, ``"qwen3"``, ...), or ``None``.
-        log_rollouts: write ``rollouts.jsonl`` into the run directory.
+        log_rollouts: write ``rollouts.jsonl`` into the run directory, and ``trainer_logprobs.jsonl`` where the
+            module's ``training_step`` returns ``{"loss": loss, "logprobs": logprobs}`` instead of the loss alone.
         run_dir: where logs go; ``None``: the Trainer's ``log_dir``, or its ``default_root_dir``.
 
     Raises:
@@ -114,6 +116,7 @@ class GymCallback(L.Callback):
         self._log_rollouts = log_rollouts
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._stream: RolloutStream | None = None
+        self._trainer_logprobs: TrainerLogprobs | None = None
         self._step_metrics: dict[str, float] = {}
         self._clock = metrics.PhaseClock()
 
@@ -141,7 +144,9 @@ class GymCallback(L.Callback):
         run_dir = rank_dir(run_dir, trainer.global_rank)
         model_path = self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]
         if self._log_rollouts:
-            self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=trainer.ckpt_path is not None)
+            resume = trainer.ckpt_path is not None
+            self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=resume)
+            self._trainer_logprobs = TrainerLogprobs(run_dir / FILE_NAME, resume=resume)
         self.colocation.start(
             model, model_path, self._stream.tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=_ranks(trainer)
         )
@@ -178,12 +183,18 @@ class GymCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        logprobs = logprobs_of(outputs)
+        if self._trainer_logprobs is not None and logprobs is not None:
+            self._trainer_logprobs.add(batch, logprobs)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         assert self._stream is not None
+        if self._trainer_logprobs is not None:
+            self._trainer_logprobs.write(trainer.global_step - 1)  # the step was counted already
         self.finished_position = self._stream.cursor.position
+        pl_module.log_dict(self._clock.lap("train"), batch_size=1)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.history.append({"step": float(trainer.global_step)} | logged | self._clock.lap("train"))
+        self.history.append({"step": float(trainer.global_step)} | logged)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
@@ -195,6 +206,8 @@ class GymCallback(L.Callback):
         self.colocation.close()
         if self._stream is not None and self._stream.log is not None:
             self._stream.log.close()
+        if self._trainer_logprobs is not None:
+            self._trainer_logprobs.close()
 
     def find_policy(self, pl_module: L.LightningModule) -> nn.Module:
         """The causal language model that `policy` names.

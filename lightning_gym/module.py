@@ -115,7 +115,7 @@ class PolicyModule(L.LightningModule):
             batches = with_old_logprobs(self.model, batches)
         return with_correction_scale(batches, self.correction, ranks)
 
-    def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TrajectoryBatch, batch_idx: int) -> dict[str, Tensor]:
         if self.needs_reference:
             batch = with_ref_logprobs(self.model, batch, reference=self.reference)
         if self.entropy_coefficient:
@@ -128,7 +128,7 @@ class PolicyModule(L.LightningModule):
         self._window.add({"loss": loss, "finite": torch.isfinite(loss)}, count=1)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self._log_window()
-        return loss
+        return {"loss": loss, "logprobs": logprobs.detach()}
 
     def objective(
         self, logprobs: Tensor, entropies: Tensor | None, batch: TrajectoryBatch

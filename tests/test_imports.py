@@ -71,6 +71,7 @@ ORDER = [
     "rollout_log",
     "packing",
     "batch",
+    "trainer_logprobs",
     "tokens",
     "mismatch",
     "window_metrics",
