@@ -215,7 +215,7 @@ def test_the_ceiling_of_a_micro_batch_changes_nothing_but_the_number_that_is_nee
 # -- the same under DDP, on gloo
 
 RANKS = """
-import importlib.util, json, sys
+import gc, importlib.util, json, sys
 
 import numpy as np
 import torch
@@ -238,7 +238,6 @@ class Policy(torch.nn.Module):
         return tuple(properties.scores(self.logits, batch))
 
 
-errors = {}
 rng = np.random.default_rng(11)
 segments, advantages = properties.window(rng, 6)
 of_ranks = properties.by_rank(segments, size, rng)
@@ -248,28 +247,34 @@ own = properties.StepTotals.of(of_ranks[rank])
 sums = torch.tensor([own.num_tokens, own.num_rollouts])
 dist.all_reduce(sums)
 totals = properties.StepTotals(num_tokens=int(sums[0]), num_rollouts=int(sums[1]))
-for dtype in properties.LIMIT:
-    for name, objective in properties.OBJECTIVES.items():
-        for aggregation in properties.AGGREGATIONS:
-            constant = 20 if aggregation == "constant" else None
-            weights = properties.loss_weights(
-                of_ranks[rank], aggregation=aggregation, constant_length=constant, totals=totals
-            )
-            batches = properties.pack_window(
-                of_ranks[rank], [advantages[s.rollout_id] for s in of_ranks[rank]], weights, num_micro_batches=2,
-                max_tokens_per_micro_batch=10_000, weight_scale=2 * size, dtype=dtype,
-            )
-            policy = torch.nn.parallel.DistributedDataParallel(Policy(dtype))
-            with policy.no_sync():
-                (objective(*policy(batches[0]), properties.with_policies(batches[0])) / 2).backward()
-            (objective(*policy(batches[1]), properties.with_policies(batches[1])) / 2).backward()
-            whole = properties.gradient(
-                objective, [segments], advantages, aggregation=aggregation, num_micro_batches=1, dtype=dtype
-            )
-            found = policy.module.logits.grad
-            errors[f"{name} {aggregation} {dtype}"] = ((found - whole).norm() / whole.norm()).item()
+
+
+def error(objective, aggregation, dtype):
+    constant = 20 if aggregation == "constant" else None
+    weights = properties.loss_weights(of_ranks[rank], aggregation=aggregation, constant_length=constant, totals=totals)
+    batches = properties.pack_window(
+        of_ranks[rank], [advantages[s.rollout_id] for s in of_ranks[rank]], weights, num_micro_batches=2,
+        max_tokens_per_micro_batch=10_000, weight_scale=2 * size, dtype=dtype,
+    )
+    policy = torch.nn.parallel.DistributedDataParallel(Policy(dtype))
+    with policy.no_sync():
+        (objective(*policy(batches[0]), properties.with_policies(batches[0])) / 2).backward()
+    (objective(*policy(batches[1]), properties.with_policies(batches[1])) / 2).backward()
+    whole = properties.gradient(
+        objective, [segments], advantages, aggregation=aggregation, num_micro_batches=1, dtype=dtype
+    )
+    return ((policy.module.logits.grad - whole).norm() / whole.norm()).item()
+
+
+errors = {
+    f"{name} {aggregation} {dtype}": error(objective, aggregation, dtype)
+    for dtype in properties.LIMIT
+    for name, objective in properties.OBJECTIVES.items()
+    for aggregation in properties.AGGREGATIONS
+}
 if rank == 0:
     print(json.dumps(errors))
+gc.collect()  # a DistributedDataParallel that is alive keeps gloo's threads running, and they may abort the exit
 dist.destroy_process_group()
 """
 

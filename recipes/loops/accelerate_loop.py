@@ -20,8 +20,7 @@ from lightning_gym.losses import grpo
 model_dir, run_dir, max_steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 accelerator = Accelerator(gradient_accumulation_steps=2)
 policy = AutoModelForCausalLM.from_pretrained(model_dir).train()
-adamw = torch.optim.AdamW(policy.parameters(), lr=2.5e-4, betas=(0.9, 0.99), weight_decay=0.0)
-model, optimizer = accelerator.prepare(policy, adamw)
+model, optimizer = accelerator.prepare(policy, torch.optim.Adam(policy.parameters(), lr=2.5e-4, betas=(0.9, 0.99)))
 with GymLoop(
     model,
     f"{model_dir}/train.jsonl",
