@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_gym.errors import WeightSyncError
 from lightning_gym.policy.engine import Engine
+from lightning_gym.sharding import reshard
 
 _NUM_TOKENS = 8
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
@@ -60,6 +61,7 @@ class Canary:
             logits = self._model(input_ids=self._tokens[None].to(device), use_cache=False).logits[0, :-1]
         finally:
             self._model.train(was_training)
+            reshard(self._model)
         targets = self._tokens[1:].to(device)
         trainer = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0].cpu()
         # vLLM's sampler draws from torch's global generators even where nothing is sampled.

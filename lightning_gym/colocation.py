@@ -147,7 +147,7 @@ class Colocation:
         self._engine.start(
             EngineModel(path=model_path, dtype=dtype, device=device, weights=lambda: checkpoint_weights(model))
         )
-        self._sync = WeightSync(self._engine, model, mode=self._sync_mode)
+        self._sync = WeightSync(self._engine, model, mode=self._sync_mode, ranks=ranks)
         built = time.perf_counter()
         endpoint.start()
         self._closers.append(("gym", self._gym.close))

@@ -5,7 +5,7 @@
     memory once; an optimizer step changes the engine's weights as it changes the trainer's.
 ``copy``
     Every tensor is written into the engine's own with one fused call, cast on the way where the engine computes in
-    another dtype. Frozen tensors are written once.
+    another dtype. Frozen tensors are written once. Of a sharded policy, ranks gather them there, a bucket at a time.
 ``reload``
     Everything goes through the engine's own loader by name, for engines that hold weights in a form of their own
     (quantised, mixture of experts, sharded).
@@ -13,13 +13,15 @@
 
 import contextlib
 import ctypes
-from collections.abc import Generator, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gym.errors import WeightSyncError
 from lightning_gym.policy.engine import Engine
+from lightning_gym.sharding import buckets, gather_into, whole
 from lightning_gym.weights import Weight, checkpoint_weights
 
 SyncMode = Literal["auto", "share", "copy", "reload"]
@@ -30,12 +32,20 @@ class Rung(Protocol):
 
     name: SyncMode
 
-    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+    def begin(self, weights: Sequence[Weight]) -> None:
+        """Say what is to be written next; moves nothing, and does not fail on one rank alone."""
+        ...
+
+    def write(self) -> tuple[int, int]:
         """Give the engine these weights; runs inside `Engine.update_weights`.
 
         Returns:
             Bytes and tensors that were written.
         """
+        ...
+
+    def abstain(self) -> None:
+        """After a failure on this rank: take part in what the other ranks still gather, and write nothing."""
         ...
 
 
@@ -50,6 +60,7 @@ class Share:
 
     def __init__(self, views: Mapping[str, Tensor]) -> None:
         self._views = views
+        self._weights: Sequence[Weight] = ()
         self._adopted = False
 
     @staticmethod
@@ -77,17 +88,24 @@ class Share:
             storages.add(storage)
         return None
 
+    def begin(self, weights: Sequence[Weight]) -> None:
+        self._weights = weights
+
     @torch.no_grad()
-    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
+    def write(self) -> tuple[int, int]:
+        _synchronize()
         if self._adopted:
             return 0, 0
-        for weight in weights:
+        for weight in self._weights:
             view = self._views[weight.name]
             view.copy_(weight.parameter)
             weight.parameter.data = view
         self._adopted = True
         _give_freed_memory_back()
         return sum(view.nbytes for view in self._views.values()), len(self._views)
+
+    def abstain(self) -> None:
+        """Nothing is gathered: what is shared is whole."""
 
     def strays(self, weights: Sequence[Weight]) -> list[str]:
         """Names of parameters that were made views of the engine's tensors and are so no more."""
@@ -141,12 +159,16 @@ class Copy:
 
     def __init__(self, views: Mapping[str, Tensor]) -> None:
         self._views = views
-        self._frozen: dict[str, tuple[int, int]] = {}
-        """Address and version counter at which a frozen parameter was last written."""
+        self._frozen = _Frozen()
+        self._due: Sequence[Weight] = ()
+
+    def begin(self, weights: Sequence[Weight]) -> None:
+        self._due = self._frozen.due(weights)
 
     @torch.no_grad()
-    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
-        due = [weight for weight in weights if weight.parameter.requires_grad or self._is_due(weight)]
+    def write(self) -> tuple[int, int]:
+        _synchronize()
+        due = self._due
         small: list[tuple[Tensor, Tensor]] = []
         large: list[tuple[Tensor, Tensor]] = []
         for weight in due:
@@ -160,19 +182,90 @@ class Copy:
         for weight in due:
             if weight.adapter is not None:  # one at a time: a merged weight is a new tensor
                 self._views[weight.name].copy_(weight.tensor())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronize()
         return sum(self._views[weight.name].nbytes for weight in due), len(due)
 
+    def abstain(self) -> None:
+        """Nothing is gathered: every rank holds all of it."""
+
+
+class GatheredCopy:
+    """Writes a sharded policy's tensors into the engine's; collective.
+
+    Args:
+        model: the policy.
+        views: of the engine.
+    """
+
+    name: SyncMode = "copy"
+
+    def __init__(self, model: nn.Module, views: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._views = views
+        self._frozen = _Frozen()
+        self._due: Sequence[Weight] = ()
+        self._buckets: Iterator[list[Weight]] = iter(())
+
+    def begin(self, weights: Sequence[Weight]) -> None:
+        self._due = self._frozen.due(weights)
+        self._buckets = buckets(self._model, self._due, Weight.parameters)
+
+    @torch.no_grad()
+    def write(self) -> tuple[int, int]:
+        _synchronize()
+        for bucket in self._buckets:
+            self._gather(bucket, self._views)
+        _synchronize()
+        return sum(self._views[weight.name].nbytes for weight in self._due), len(self._due)
+
+    @torch.no_grad()
+    def abstain(self) -> None:
+        for bucket in self._buckets:
+            self._gather(bucket, {weight.name: torch.empty_like(self._views[weight.name]) for weight in bucket})
+
+    def _gather(self, bucket: Sequence[Weight], targets: Mapping[str, Tensor]) -> None:
+        on_their_way: list[Any] = []
+        for weight in bucket:
+            target = targets[weight.name]
+            work = None if weight.adapter is not None else gather_into(target, weight.parameter)
+            if work is not None:
+                on_their_way.append(work)
+                continue
+            value = whole(weight.tensor())
+            if value.shape != target.shape:
+                raise WeightSyncError(
+                    f"{weight.name} has shape {tuple(value.shape)} when gathered, {tuple(target.shape)} in the engine"
+                )
+            target.copy_(value)
+        for work in on_their_way:
+            work.wait()
+
+
+class _Frozen:
+    """Which frozen parameters the engine has already."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, tuple[int, int]] = {}
+        """Address and version counter at which a frozen parameter was last written."""
+
+    def due(self, weights: Sequence[Weight]) -> list[Weight]:
+        """Weights that have to be written; a frozen one is once, and again after a change in place."""
+        return [weight for weight in weights if weight.parameter.requires_grad or self._is_due(weight)]
+
     def _is_due(self, weight: Weight) -> bool:
-        """Whether a frozen parameter has to be written; says so once, and again after a change in place."""
         if weight.adapter is not None:
             return True
         state = (weight.parameter.data_ptr(), weight.parameter._version)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        if self._frozen.get(weight.name) == state:
+        if self._written.get(weight.name) == state:
             return False
-        self._frozen[weight.name] = state
+        self._written[weight.name] = state
         return True
+
+
+def _synchronize() -> None:
+    """Trainer and engine use streams of their own: what one wrote must be there before the other reads."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Reload:
@@ -188,8 +281,22 @@ class Reload:
     def __init__(self, engine: Engine, model: nn.Module) -> None:
         self._engine = engine
         self._model = model
+        self._weights: Sequence[Weight] = ()
+        self._stream: Iterator[tuple[str, Tensor]] = iter(())
+
+    def begin(self, weights: Sequence[Weight]) -> None:
+        self._weights = weights
+        self._stream = checkpoint_weights(self._model)
 
     @torch.no_grad()
-    def write(self, weights: Sequence[Weight]) -> tuple[int, int]:
-        self._engine.load_weights(checkpoint_weights(self._model))
-        return sum(weight.parameter.nbytes for weight in weights), len(weights)
+    def write(self) -> tuple[int, int]:
+        _synchronize()
+        self._engine.load_weights(self._stream)
+        _synchronize()
+        num_bytes = sum(weight.shape.numel() * weight.parameter.element_size() for weight in self._weights)
+        return num_bytes, len(self._weights)
+
+    @torch.no_grad()
+    def abstain(self) -> None:
+        for _ in self._stream:
+            pass

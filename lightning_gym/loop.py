@@ -26,6 +26,7 @@ from lightning_gym.ranks import Ranks, rank_dir
 from lightning_gym.reference import with_old_logprobs
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import RolloutLog
+from lightning_gym.sharding import is_sharded
 from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import read_tasks
 
@@ -59,7 +60,8 @@ class GymLoop:
     under all three.
 
     Args:
-        model: the causal language model as the loop calls it, after DDP, Fabric or Accelerate have wrapped it.
+        model: the causal language model as the loop calls it, after DDP, Fabric or Accelerate have wrapped it, or
+            `lightning_gym.sharding.shard` has cut it.
         tasks: JSONL path(s) of Gym dataset rows, or rows in memory.
         engine: what samples, for example `lightning_gym.VLLMEngine`.
         gym: what plays, for example `lightning_gym.EmbeddedGym`.
@@ -235,7 +237,7 @@ class GymLoop:
 
     def _check_equal_on_ranks(self) -> None:
         *_, probe = self._model.parameters()
-        if self.ranks.size > 1 and not hasattr(probe, "full_tensor"):  # a DTensor holds another shard on every rank
+        if self.ranks.size > 1 and not is_sharded(self._model):
             sums = self.ranks.gather(probe.detach().double().sum().item())
             if len(set(sums)) > 1:
                 raise ConfigError(
@@ -268,10 +270,12 @@ class GymLoop:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The language model inside the wrappers of DDP, Fabric (``.module``) and ``torch.compile`` (``._orig_mod``).
 
+    FSDP1's stays around it: parts that no inner unit has are whole only in the outermost one's forward.
+
     Raises:
         ConfigError: what is inside is not a transformers model.
     """
-    while not hasattr(type(model), "from_pretrained"):
+    while not hasattr(type(model), "from_pretrained") and type(model).__name__ != "FullyShardedDataParallel":
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             raise ConfigError(

@@ -94,11 +94,11 @@ def check_manifest(engine: Mapping[str, Size], trainer: Mapping[str, Size]) -> N
 
 
 def _entry(weight: Weight) -> tuple[str, Size, object]:
-    return weight.name, weight.parameter.shape, weight.parameter.dtype
+    return weight.name, weight.shape, weight.parameter.dtype
 
 
 def _shapes(weights: Sequence[Weight]) -> dict[str, Size]:
-    return {weight.name: weight.parameter.shape for weight in weights}
+    return {weight.name: weight.shape for weight in weights}
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from lightning_gym.mismatch import entropy_estimate, mismatch_metrics, ratio_his
 from lightning_gym.penalties import entropy_bonus, kl_in_reward, kl_penalty
 from lightning_gym.ranks import Ranks
 from lightning_gym.reference import frozen, has_adapter, with_old_logprobs, with_ref_logprobs
+from lightning_gym.sharding import shard
 from lightning_gym.window_metrics import WindowMetrics
 
 
@@ -102,6 +103,18 @@ class PolicyModule(L.LightningModule):
         if gradient_checkpointing:
             checkpointed: Any = self.model
             checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def configure_model(self) -> None:
+        """Cut policy and reference over the data-parallel ranks where the strategy is `ModelParallelStrategy` (FSDP2).
+
+        Override it to cut them otherwise, with ``shard(self.model, mesh, mp_policy=...)`` or ``fully_shard`` itself;
+        the outermost module that is cut must be the policy, not this one. Called for every strategy, and again by
+        every ``fit``.
+        """
+        if self.device_mesh is not None:
+            for model in (self.model, self.reference):
+                if model is not None:
+                    shard(model, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         if self.reference is not None:

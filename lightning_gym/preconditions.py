@@ -9,13 +9,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_gym.errors import ConfigError
 from lightning_gym.ranks import launched
 
-_SUPPORTED = (SingleDeviceStrategy, DDPStrategy)
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
 
 def check_trainer(trainer: L.Trainer, kind: type[L.Callback]) -> None:
@@ -51,17 +51,33 @@ def _check_strategy(trainer: L.Trainer) -> None:
             "the strategy forks or spawns its workers from this process (ddp_spawn, ddp_fork, ddp_notebook), which "
             "cannot carry an engine and get no clean-up; use strategy='ddp', torchrun or `fabric run`"
         )
-    if not isinstance(trainer.strategy, _SUPPORTED):
+    if not isinstance(trainer.strategy, _SUPPORTED) or isinstance(
+        trainer.strategy, DeepSpeedStrategy
+    ):  # which is a DDP
         raise ConfigError(
-            f"{type(trainer.strategy).__name__} is not supported: the engine needs whole weights on every rank. Use "
-            "strategy='ddp', or 'auto'"
+            f"{type(trainer.strategy).__name__} is not supported: it flattens or partitions the policy inside a "
+            "wrapper of the LightningModule, where a callback cannot call the policy alone. Use strategy='ddp', or "
+            "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), which is FSDP2"
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        _check_mesh(trainer.strategy, trainer.num_devices)
     _, size = launched()
     counted = trainer.num_devices * trainer.num_nodes  # world_size is the launcher's word again, for DDP
     if size not in {1, counted}:
         raise ConfigError(
             f"a launcher started {size} processes, and the Trainer counts {counted} (devices x num_nodes): set devices "
             "to the number of processes on each node, or start the script with plain `python`"
+        )
+
+
+def _check_mesh(strategy: ModelParallelStrategy, num_devices: int) -> None:
+    size = strategy._tensor_parallel_size  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  the mesh comes later
+    size = num_devices if size == "auto" else size
+    if size > 1:
+        raise ConfigError(
+            f"the policy is cut over {size} tensor-parallel ranks, which would each play the same tasks and train on "
+            "different rollouts. Use ModelParallelStrategy(data_parallel_size=<all devices>, tensor_parallel_size=1); "
+            "its defaults are one data-parallel rank a node"
         )
 
 

@@ -6,9 +6,10 @@ that were written, by address, and gives a fixed sequence the trainer's logprobs
 agree stops the run before a rollout.
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from lightning_gym.canary import Canary
 from lightning_gym.errors import ConfigError, WeightSyncError
-from lightning_gym.ladder import Copy, Reload, Rung, Share, SyncMode
+from lightning_gym.ladder import Copy, GatheredCopy, Reload, Rung, Share, SyncMode
 from lightning_gym.manifest import Manifest
 from lightning_gym.policy.engine import Engine
+from lightning_gym.ranks import Ranks
+from lightning_gym.sharding import is_sharded
 from lightning_gym.weights import Weight, weights
 
 _log = logging.getLogger(__name__)
@@ -52,15 +55,26 @@ class WeightSync:
         mode: a rung of the ladder; ``"auto"`` takes the first whose preconditions hold.
         max_lag: optimizer steps by which a rollout's weights may be behind; from 1 on training runs while the engine
             samples, and its weights must not change with the trainer's.
+        ranks: who else trains. Where they hold a part of the policy each, a sync is collective.
 
     Raises:
         ConfigError: the engine or the model cannot be synced in this mode; says why.
         WeightSyncError: engine and model hold different tensors.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, *, mode: SyncMode = "auto", max_lag: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        *,
+        mode: SyncMode = "auto",
+        max_lag: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._engine = engine
         self._model = model
+        self._ranks = ranks or Ranks()
+        self._is_sharded = is_sharded(model)
         self._mode: SyncMode = mode
         self._views, no_views = _views_of(engine)
         held = list(weights(model))
@@ -75,6 +89,7 @@ class WeightSync:
         Raises:
             WeightSyncError: the engine refused, the trainer holds other tensors than at first, or the two disagree
                 afterwards.
+            RuntimeError: that happened on another rank.
         """
         start = time.perf_counter()
         held = list(weights(self._model))
@@ -84,11 +99,13 @@ class WeightSync:
 
         def write() -> None:
             nonlocal written
-            written = self._rung.write(held)
+            written = self._rung.write()
             if self._views is not None:
                 self._manifest.check_engine(self._engine.weight_views())
 
-        self._engine.update_weights(write, version=version)
+        self._rung.begin(held)
+        with self._together():
+            self._engine.update_weights(write, version=version)
         self._stamp = _stamp(held)
         handed_over = time.perf_counter()
         difference = self._canary.check(self._engine_dtype(), version=version)
@@ -102,6 +119,19 @@ class WeightSync:
             num_tensors=written[1],
             canary_diff=difference,
         )
+
+    @contextlib.contextmanager
+    def _together(self) -> Generator[None]:
+        """Around what is collective with a sharded policy: a rank that fails still gives its part to the others."""
+        if not self._is_sharded:
+            yield
+            return
+        with self._ranks.agreeing():
+            try:
+                yield
+            except Exception:
+                self._rung.abstain()
+                raise
 
     def check_unchanged(self) -> None:
         """Refuse to sample from weights that changed since they were synced; only ``share`` lets them.
@@ -127,12 +157,15 @@ class WeightSync:
             refused["share"] = refused["copy"] = no_views or ""
         elif max_lag >= 1:
             refused["share"] = f"max_lag is {max_lag}, so training would change weights that the engine samples from"
+        elif self._is_sharded:
+            refused["share"] = "every rank holds a part of the policy, and its engine needs all of it"
         elif (reason := Share.refusal(held, self._views)) is not None:
             refused["share"] = reason
         if self._mode in refused:
             raise ConfigError(f"sync_mode={self._mode!r} cannot be used: {refused[self._mode]}. Use sync_mode='auto'")
         views = self._views or {}
-        rungs: list[Rung] = [Share(views), Copy(views), Reload(self._engine, self._model)]
+        copy = GatheredCopy(self._model, views) if self._is_sharded else Copy(views)
+        rungs: list[Rung] = [Share(views), copy, Reload(self._engine, self._model)]
         chosen = next(rung for rung in rungs if rung.name not in refused and self._mode in ("auto", rung.name))
         because = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
         _log.info("weights reach the engine by %s%s", chosen.name, because)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-_WRAPPERS = {"_orig_mod", "_forward_module", "_checkpoint_wrapped_module"}
-"""Attributes under which torch.compile, Fabric and activation checkpointing keep the module they wrap."""
+from lightning_gym.sharding import buckets, is_sharded, reshard, whole, whole_shapes
+
+_WRAPPERS = {"_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Attributes under which torch.compile, Fabric, activation checkpointing and FSDP1 keep the module they wrap."""
 _LEADING_WRAPPERS = ("module.", "base_model.model.")
 """DDP's and PEFT's, which stand in front only; a model may have parts called ``module`` of its own."""
 _ADAPTER_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
@@ -21,12 +23,21 @@ class Weight:
     name: str
     """As Hugging Face calls it."""
     parameter: nn.Parameter
-    """What the trainer holds under that name; of an adapted layer, the layer's frozen base."""
+    """What the trainer holds under that name, or this rank's part of it; of an adapted layer, its frozen base."""
+    shape: Size
+    """Of the whole tensor."""
     adapter: Any = None
     """The LoRA layer whose delta is added; ``None`` for nearly every tensor."""
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All that the value is made from."""
+        return [self.parameter] if self.adapter is None else list(self.adapter.parameters())
+
     def tensor(self) -> Tensor:
-        """The value that the engine is to compute with: the parameter itself, or a new tensor with the delta added."""
+        """The value that the engine is to compute with: the parameter itself, or a new tensor with the delta added.
+
+        Of a sharded policy: a DTensor under FSDP2, and otherwise whole only inside `whole_weights`.
+        """
         weight = self.parameter.detach()
         if self.adapter is None or self.adapter.merged:
             return weight
@@ -41,31 +52,51 @@ def weights(model: nn.Module) -> Iterator[Weight]:
     A LoRA layer is recognised by PEFT's layout: the adapted layer in ``base_layer``, the adapters beside it in
     ``lora_A``, ``lora_B``, and on the layer itself ``active_adapters``, ``merged`` and ``get_delta_weight(adapter)``.
     """
-    for raw, parameter in model.named_parameters():
-        place = _place(raw)
-        if place is not None:
-            name, adapted = place
-            yield Weight(name, parameter, None if adapted is None else model.get_submodule(adapted))
+    yield from _weights(model, remove_duplicate=True)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Like `weights`, as (name, value)."""
-    for weight in weights(model):
-        yield weight.name, weight.tensor()
+    """Like `weights`, as (name, value); of a sharded policy the whole values, collective."""
+    for weight, tensor in whole_weights(model, weights(model)):
+        yield weight.name, tensor
 
 
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint of the model holds: like `named_weights`, but tied weights under every name, and buffers."""
-    adapted = {weight.name: weight for weight in weights(model) if weight.adapter is not None}
-    for name, tensor in _placed(model.state_dict().items()):
-        yield name, adapted[name].tensor() if name in adapted else tensor
-
-
-def _placed(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for raw, tensor in named:
+    for weight, tensor in whole_weights(model, _weights(model, remove_duplicate=False)):
+        yield weight.name, tensor
+    for raw, buffer in _persistent_buffers(model):
         place = _place(raw)
         if place is not None:
-            yield place[0], tensor
+            yield place[0], whole(buffer)
+
+
+def whole_weights(model: nn.Module, held: Iterable[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """Each weight with its whole value; collective for a sharded policy."""
+    passes = is_sharded(model)  # FSDP1 and ZeRO-3 take back what they lend
+    for bucket in buckets(model, held, Weight.parameters):
+        for weight in bucket:
+            value = weight.tensor()
+            yield weight, value.clone() if passes and not hasattr(value, "full_tensor") else whole(value)
+
+
+def _weights(model: nn.Module, *, remove_duplicate: bool) -> Iterator[Weight]:
+    reshard(model)
+    shape_of = whole_shapes(model)
+    for raw, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        place = _place(raw)
+        if place is not None:
+            name, adapted = place
+            adapter = None if adapted is None else model.get_submodule(adapted)
+            yield Weight(name, parameter, shape_of(parameter), adapter)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those of a state dict."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 @cache

@@ -45,6 +45,12 @@ def test_the_callback_is_built_with_the_engine_and_gym_of_the_configuration():
     assert callback.colocation._engine.max_model_len == 99
 
 
+def test_a_strategy_is_an_option_of_the_trainer():
+    config = composed("recipe=counter", "+trainer/strategy=fsdp2", "trainer.devices=2")
+    strategy = instantiate(config.trainer, _convert_="all").strategy
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (2, 1)
+
+
 def test_there_is_a_recipe_for_each_environment():
     assert {"counter", "reverse_string"} <= set(RECIPES)
 

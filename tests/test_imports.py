@@ -83,6 +83,7 @@ ORDER = [
     "logprobs",
     "reference",
     "policy_checks",
+    "sharding",
     "weights",
     "manifest",
     "canary",

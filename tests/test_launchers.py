@@ -214,3 +214,11 @@ def test_the_counter_is_learned_in_a_slurm_job(tmp_path):
     codes, outputs = srun(counter(tmp_path, 40), timeout=280)
     assert codes == [0, 0], outputs
     check_learned(tmp_path, steps=40)
+
+
+@pytest.mark.vllm
+def test_the_counter_is_learned_by_a_policy_cut_over_two_ranks(tmp_path):
+    command = [*COMMAND, "--devices", "2", "+trainer/strategy=fsdp2"]
+    done = launch(command, counter(tmp_path, 40), timeout=280)
+    assert done.returncode == 0, done.stdout
+    check_learned(tmp_path, steps=40)

@@ -405,6 +405,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path({tests!r}).parent))
 import test_loop as here
+from lightning_gym.sharding import shard
+from lightning_gym.weights import named_weights
 
 framework, model_dir, run_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 here.Counter.verify = lambda self, response: float(
@@ -412,7 +414,7 @@ here.Counter.verify = lambda self, response: float(
 )
 torch.set_num_threads(1)
 policy = here.load(model_dir).train()
-before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+before = {{name: tensor.clone() for name, tensor in named_weights(policy)}}
 sgd = torch.optim.SGD(policy.parameters(), lr=0.1)
 accelerator = None
 if framework == "fabric":
@@ -432,6 +434,9 @@ else:
         torch.distributed.init_process_group("gloo")
         if framework == "plain":
             model = torch.nn.parallel.DistributedDataParallel(policy)
+        if framework == "fully_shard":
+            model = shard(policy, torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+            sgd = torch.optim.SGD(model.parameters(), lr=0.1)
 
 with here.loop_of(model, run_dir, accelerator=accelerator, num_micro_batches=2) as gym:
     for window in gym.windows(2):
@@ -448,9 +453,9 @@ with here.loop_of(model, run_dir, accelerator=accelerator, num_micro_batches=2) 
         if framework != "accelerate":
             sgd.step()
         sgd.zero_grad()
+moved = torch.cat([(tensor - before[name]).flatten() for name, tensor in named_weights(policy)])
 if gym.ranks.rank == 0:
-    end = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    torch.save({{"moved": end - before, "metrics": gym.metrics}}, run_dir / "end.pt")
+    torch.save({{"moved": moved, "metrics": gym.metrics}}, run_dir / "end.pt")
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
@@ -477,7 +482,7 @@ def run_job(tmp_path, framework, *, processes):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("framework", ["plain", "fabric", "accelerate"])
+@pytest.mark.parametrize("framework", ["plain", "fabric", "accelerate", "fully_shard"])
 def test_two_processes_end_with_the_weights_and_metrics_of_one(tmp_path, framework):
     ends = []
     for processes in (1, 2):

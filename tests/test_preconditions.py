@@ -1,6 +1,7 @@
 """A Trainer that cannot carry an engine is refused before anything starts, with what to use instead."""
 
 import random
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -11,11 +12,12 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_gym import GymCallback, GymDataModule, PolicyModule
 from lightning_gym.errors import ConfigError
 from lightning_gym.gym.environments import Counter
+from lightning_gym.preconditions import check_trainer
 from lightning_gym.testing import FakeEngine, FakeGym, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,19 +66,23 @@ def test_a_second_gym_callback_is_refused():
     refused("2 GymCallbacks", callbacks=[GymCallback(engine=FakeEngine(), gym=FakeGym())])
 
 
-def test_a_strategy_that_shards_the_policy_is_refused():
-    class Parallel(PolicyModule):
-        def configure_model(self):
-            pass
+def trainer_of(strategy, *, num_devices=1):
+    return SimpleNamespace(strategy=strategy, callbacks=[], num_devices=num_devices, num_nodes=1)
 
-    module = Parallel(policy().model)
-    callback, datamodule = GymCallback(engine=FakeEngine(), gym=FakeGym()), data()
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    trainer = L.Trainer(**QUIET, devices=1, strategy=strategy, callbacks=[callback])
-    datamodule.trainer = trainer
-    datamodule.setup("fit")
-    with pytest.raises(ConfigError, match=r"ModelParallelStrategy is not supported.*strategy='ddp'"):
-        callback.setup(trainer, module, "fit")
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_wraps_the_module_around_a_sharded_policy_is_refused(kind):
+    strategy = kind.__new__(kind)  # both want a GPU, and one a package
+    strategy._launcher = None
+    with pytest.raises(ConfigError, match=rf"{kind.__name__} is not supported.*ModelParallelStrategy.*FSDP2"):
+        check_trainer(trainer_of(strategy), GymCallback)
+
+
+def test_a_policy_may_be_cut_over_data_parallel_ranks_only():
+    check_trainer(trainer_of(ModelParallelStrategy(2, 1), num_devices=2), GymCallback)
+    for strategy in (ModelParallelStrategy(1, 2), ModelParallelStrategy()):
+        with pytest.raises(ConfigError, match=r"cut over 2 tensor-parallel ranks.*tensor_parallel_size=1"):
+            check_trainer(trainer_of(strategy, num_devices=2), GymCallback)
 
 
 def test_a_callback_without_a_data_module_is_refused():

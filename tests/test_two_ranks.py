@@ -19,14 +19,19 @@ import random, sys
 from pathlib import Path
 
 import lightning.pytorch as L
+import lightning.pytorch.strategies
 import torch
 
 from lightning_gym import GymCallback, GymDataModule, PolicyModule
 from lightning_gym.gym.environments import Counter
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.testing import FakeEngine, FakeGym
+from lightning_gym.weights import named_weights
 
-model_dir, run_dir, devices, failing_rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+model_dir, run_dir, strategy, failing_rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+devices = 1 if strategy == "auto" else 2
+if strategy == "fsdp2":
+    strategy = L.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 def ids_decide(self, response):
     return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
@@ -44,9 +49,9 @@ class Plain(PolicyModule):
 
 
 policy = Plain(model_dir)
-start = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+start = {name: tensor.clone() for name, tensor in named_weights(policy.model)}
 trainer = L.Trainer(
-    max_steps=2, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
+    max_steps=2, accelerator="cpu", devices=devices, strategy=strategy,
     accumulate_grad_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
     enable_model_summary=False, log_every_n_steps=1,
 )
@@ -57,14 +62,15 @@ callback = GymCallback(
 )
 trainer.callbacks.append(callback)
 trainer.fit(policy, datamodule=GymDataModule(rows, prompts_per_step=4, group_size=2))
+moved = torch.cat([(tensor - start[name]).flatten() for name, tensor in named_weights(policy.model)])
 if trainer.is_global_zero:
-    end = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    torch.save({"moved": end - start, "history": callback.history}, run_dir / "end.pt")
+    sharded = sum(hasattr(parameter, "full_tensor") for parameter in policy.parameters())
+    torch.save({"moved": moved, "history": callback.history, "sharded": sharded}, run_dir / "end.pt")
 """
 
 
-def run_job(tmp_path, *, devices, failing_rank=-1):
-    model_dir, run_dir = tmp_path / "policy", tmp_path / f"run-{devices}"
+def run_job(tmp_path, strategy, *, failing_rank=-1):
+    model_dir, run_dir = tmp_path / "policy", tmp_path / f"run-{strategy}"
     run_dir.mkdir()
     if not model_dir.exists():
         tokenizer = tiny_tokenizer()
@@ -72,7 +78,7 @@ def run_job(tmp_path, *, devices, failing_rank=-1):
         tiny_model(tokenizer, hidden_size=64, num_layers=2).save_pretrained(model_dir)
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(JOB))
-    command = [sys.executable, script, model_dir, run_dir, str(devices), str(failing_rank)]
+    command = [sys.executable, script, model_dir, run_dir, strategy, str(failing_rank)]
     done = subprocess.run(
         command,
         check=False,
@@ -85,13 +91,20 @@ def run_job(tmp_path, *, devices, failing_rank=-1):
     return done, run_dir
 
 
-def test_two_ranks_end_with_the_weights_and_metrics_of_one(tmp_path):
-    ends = []
-    for devices in (1, 2):
-        done, run_dir = run_job(tmp_path, devices=devices)
-        assert done.returncode == 0, done.stderr
-        ends.append(torch.load(run_dir / "end.pt"))
-    one, two = ends
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one rank ends with."""
+    done, run_dir = run_job(tmp_path_factory.mktemp("alone"), "auto")
+    assert done.returncode == 0, done.stderr
+    return torch.load(run_dir / "end.pt")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_end_with_the_weights_and_metrics_of_one(alone, tmp_path, strategy):
+    done, run_dir = run_job(tmp_path, strategy)
+    assert done.returncode == 0, done.stderr
+    one, two = alone, torch.load(run_dir / "end.pt")
+    assert bool(two["sharded"]) == (strategy == "fsdp2")
     assert one["moved"].norm() > 0
     assert (one["moved"] - two["moved"]).norm() / one["moved"].norm() < 1e-5
     for a, b in zip(one["history"], two["history"], strict=True):
@@ -104,8 +117,9 @@ def test_two_ranks_end_with_the_weights_and_metrics_of_one(tmp_path):
     assert groups == [{0, 2, 4, 6}, {1, 3, 5, 7}], "whole groups, dealt to the ranks in turn"
 
 
-def test_a_failure_on_one_rank_ends_both_with_its_cause(tmp_path):
-    done, _ = run_job(tmp_path, devices=2, failing_rank=1)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_failure_on_one_rank_ends_both_with_its_cause(tmp_path, strategy):
+    done, _ = run_job(tmp_path, strategy, failing_rank=1)
     assert done.returncode != 0
     assert "fault injected" in done.stderr
     assert "rank 1 failed: CollectionError" in done.stderr
