@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gym.errors import EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
+from lightning_gym.errors import ConfigError, EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
 from lightning_gym.policy.engine import EngineModel, Generation, SamplingParams
 from lightning_gym.policy.vllm_engine import VLLMEngine
 from lightning_gym.sync import WeightSync
@@ -281,3 +281,10 @@ def world():
         "default dtype": torch.get_default_dtype(),
         "process group": torch.distributed.is_initialized(),
     }
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"])
+def test_an_engine_over_several_of_the_trainers_ranks_is_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=rf"{name}=2.*the same requests in the same order.*one whole engine a rank"):
+        VLLMEngine(engine_args={name: 2})
+    VLLMEngine(engine_args={name: 1})

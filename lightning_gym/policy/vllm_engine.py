@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_gym.errors import EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
+from lightning_gym.errors import ConfigError, EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
 from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class VLLMEngine:
         seed: seeds what is not seeded by the request.
         engine_args: further `vllm.EngineArgs` fields, for what has no argument here.
 
+    Raises:
+        ConfigError: `engine_args` cut the engine over several ranks.
+
     Example:
         >>> engine = VLLMEngine(max_model_len=512)
         >>> engine.max_model_len
@@ -67,6 +70,7 @@ class VLLMEngine:
         self._enforce_eager = enforce_eager
         self._seed = seed
         self._engine_args = dict(engine_args or {})
+        _refuse_several_ranks(self._engine_args)
 
         self._engine: vllm.LLMEngine
         self._views: WeightViews
@@ -366,3 +370,17 @@ class VLLMEngine:
     @staticmethod
     def _as_error(error: "Generation | BaseException") -> BaseException:
         return error if isinstance(error, BaseException) else EngineDeadError("the engine is gone")
+
+
+def _refuse_several_ranks(engine_args: Mapping[str, Any]) -> None:
+    """An engine over several ranks steps in all of them at once, each with the same requests in the same order.
+
+    Here every rank has an endpoint of its own, and plays groups of its own.
+    """
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if engine_args.get(name, 1) != 1:
+            raise ConfigError(
+                f"engine_args has {name}={engine_args[name]}: an engine that is cut over the trainer's ranks would "
+                "have to see the same requests in the same order on each, and every rank serves rollouts of its own. "
+                "Leave it at 1: one whole engine a rank. The trainer may be cut (ModelParallelStrategy)"
+            )
