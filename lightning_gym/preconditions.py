@@ -71,8 +71,8 @@ def _check_strategy(trainer: L.Trainer) -> None:
 
 
 def _check_mesh(strategy: ModelParallelStrategy, num_devices: int) -> None:
-    size = strategy._tensor_parallel_size  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  the mesh comes later
-    size = num_devices if size == "auto" else size
+    asked = strategy._tensor_parallel_size  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  the mesh comes later
+    size = num_devices if asked == "auto" else int(asked)
     if size > 1:
         raise ConfigError(
             f"the policy is cut over {size} tensor-parallel ranks, which would each play the same tasks and train on "
