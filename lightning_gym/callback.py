@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_gym import metrics
@@ -16,6 +18,7 @@ from lightning_gym.collect import Stragglers
 from lightning_gym.colocation import CollectSettings, Colocation
 from lightning_gym.corrections import none as no_correction
 from lightning_gym.errors import ConfigError, StalePolicyError
+from lightning_gym.evaluation import Evaluation, EvaluationGroup, EvaluationTasks, evaluate
 from lightning_gym.gym.servers import Gym
 from lightning_gym.ladder import SyncMode
 from lightning_gym.policy.engine import Engine
@@ -23,18 +26,22 @@ from lightning_gym.policy.ledger import Profile
 from lightning_gym.policy.parsers import BUILTIN
 from lightning_gym.policy_checks import check_sampling
 from lightning_gym.preconditions import check_trainer
-from lightning_gym.ranks import Ranks, rank_dir
+from lightning_gym.ranks import rank_dir
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import RolloutLog
+from lightning_gym.scores import PREFIX, REWARD
 from lightning_gym.stream import RolloutStream
+from lightning_gym.tasks import Task
 from lightning_gym.trainer_logprobs import FILE_NAME, TrainerLogprobs, logprobs_of
+from lightning_gym.validation import ranks_of
 
 
 class GymCallback(L.Callback):
     """Lets the policy being trained play on a Gym, with its own weights, in its own process.
 
     The engine starts in ``on_fit_start``. Weights are synced when the first micro-batch of a window is asked for and
-    ``trainer.global_step`` has moved on: once an optimizer step, whatever ``accumulate_grad_batches`` is.
+    ``trainer.global_step`` has moved on: once an optimizer step, whatever ``accumulate_grad_batches`` is. The same
+    before a validation, which may come in the middle of a window. ``trainer.validate`` starts and closes the engine.
 
     Args:
         engine: what samples, for example `lightning_gym.VLLMEngine`.
@@ -43,7 +50,7 @@ class GymCallback(L.Callback):
         model_path: directory with the model's config, tokenizer and chat template; ``None``: where the model was
             loaded from (``model.name_or_path``).
         sampling: of training rollouts; ``top_p`` and ``top_k`` only where the module's ``correction`` is on.
-        eval_sampling: of evaluation rollouts; ``None``: the same.
+        eval_sampling: of validation rollouts; any ``top_p`` and ``top_k``. ``None``: the same as `sampling`.
         sync_mode: how the engine gets the trainer's weights: ``"share"`` (its tensors are the trainer's, nothing
             moves), ``"copy"``, ``"reload"`` (through the engine's own loader), or ``"auto"``, the first of them whose
             preconditions hold.
@@ -60,8 +67,9 @@ class GymCallback(L.Callback):
             sampled ones whatever a parser makes of them.
         reasoning_parser: how they see reasoning: ``"builtin"`` (``<think>``), a name in vLLM's registry
             (``"deepseek_r1"``, ``"qwen3"``, ...), or ``None``.
-        log_rollouts: write ``rollouts.jsonl`` into the run directory, and ``trainer_logprobs.jsonl`` where the
-            module's ``training_step`` returns ``{"loss": loss, "logprobs": logprobs}`` instead of the loss alone.
+        log_rollouts: write ``rollouts.jsonl`` into the run directory, ``val_rollouts.jsonl`` of validations, and
+            ``trainer_logprobs.jsonl`` where the module's ``training_step`` returns
+            ``{"loss": loss, "logprobs": logprobs}`` instead of the loss alone.
         run_dir: where logs go; ``None``: the Trainer's ``log_dir``, or its ``default_root_dir``.
 
     Raises:
@@ -109,6 +117,8 @@ class GymCallback(L.Callback):
         self.colocation = Colocation(engine, gym, profiles, settings, sync_mode=sync_mode)
         self.history: list[dict[str, float]] = []
         """One entry a finished optimizer step: everything that was logged for it."""
+        self.evaluations: list[dict[str, float]] = []
+        """One entry a validation, the sanity check excepted: the optimizer step, and everything that was logged."""
         self.finished_position = 0
         """Tasks dealt up to the last finished optimizer step."""
         self._policy = policy
@@ -117,6 +127,10 @@ class GymCallback(L.Callback):
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._stream: RolloutStream | None = None
         self._trainer_logprobs: TrainerLogprobs | None = None
+        self._validation: tuple[EvaluationTasks, int] | None = None
+        self._evaluation: Evaluation | None = None
+        self._evaluation_log: RolloutLog | None = None
+        self._is_up = False
         self._step_metrics: dict[str, float] = {}
         self._clock = metrics.PhaseClock()
 
@@ -124,32 +138,62 @@ class GymCallback(L.Callback):
         """Called by `GymDataModule.setup`: whose tasks are played."""
         self._stream = stream
 
+    def attach_validation(self, tasks: EvaluationTasks, num_samples: int) -> None:
+        """Called by `GymDataModule.setup`: what is played in validation, and how often each task."""
+        self._validation = (tasks, num_samples)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage not in {"fit", "validate"}:
             return
-        if self._stream is None:
+        if (self._stream if stage == "fit" else self._validation) is None:
             raise ConfigError(
                 "no GymDataModule is attached; pass one: trainer.fit(module, datamodule=GymDataModule(...))"
             )
         check_trainer(trainer, GymCallback)
         self.find_policy(pl_module)
+        if stage == "validate":
+            return
         corrected = getattr(pl_module, "correction", no_correction) is not no_correction
         check_sampling(self.colocation.profiles["train"], corrected=corrected)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._stream is not None
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring up engine and Gym, with logs of what is going to be played."""
         model = self.find_policy(pl_module)
         # Rank 0's: a time in a path is another one on every rank that a launcher starts.
         run_dir = trainer.strategy.broadcast(Path(self._run_dir or trainer.log_dir or trainer.default_root_dir))
         run_dir = rank_dir(run_dir, trainer.global_rank)
         model_path = self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]
-        if self._log_rollouts:
-            resume = trainer.ckpt_path is not None
-            self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=resume)
-            self._trainer_logprobs = TrainerLogprobs(run_dir / FILE_NAME, resume=resume)
+        resume, tasks = trainer.ckpt_path is not None, list[Task]()
+        if trainer.state.fn == TrainerFn.FITTING and self._stream is not None:
+            tasks += self._stream.tasks
+            if self._log_rollouts:
+                self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=resume)
+                self._trainer_logprobs = TrainerLogprobs(run_dir / FILE_NAME, resume=resume)
+        if self._validation is not None:
+            tasks += self._validation[0].tasks
+            if self._log_rollouts:
+                self._evaluation_log = RolloutLog(run_dir / "val_rollouts.jsonl", model_path, resume=resume)
+        self._is_up = True
         self.colocation.start(
-            model, model_path, self._stream.tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=_ranks(trainer)
+            model, model_path, tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=ranks_of(trainer)
         )
+
+    def evaluate(self, trainer: L.Trainer, *, max_tasks_per_rank: int) -> list[EvaluationGroup]:
+        """Called by the validation loader: play the tasks with the weights of the moment."""
+        assert self._validation is not None
+        tasks, num_samples = self._validation
+        self._evaluation = evaluate(
+            self.colocation,
+            tasks,
+            version=trainer.global_step,
+            num_samples=num_samples,
+            max_tasks_per_rank=max_tasks_per_rank,
+            log=None if trainer.sanity_checking else self._evaluation_log,
+        )
+        return list(self._evaluation.groups)
 
     def next_window(self, trainer: L.Trainer, stream: RolloutStream) -> list[TrajectoryBatch]:
         """Called by the loader: the micro-batches of the next optimizer step."""
@@ -193,8 +237,28 @@ class GymCallback(L.Callback):
             self._trainer_logprobs.write(trainer.global_step - 1)  # the step was counted already
         self.finished_position = self._stream.cursor.position
         pl_module.log_dict(self._clock.lap("train"), batch_size=1)
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        logged = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith(f"{PREFIX}/")
+        }
         self.history.append({"step": float(trainer.global_step)} | logged)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._clock.pause()
+        if not self._is_up:  # trainer.validate(); Lightning's inference mode would leave its mark on the weights
+            with torch.inference_mode(mode=False):
+                self._start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._evaluation is not None:
+            values = self._evaluation.metrics()
+            pl_module.log_dict({REWARD: values.pop(REWARD)}, prog_bar=True, batch_size=1, sync_dist=True)
+            pl_module.log_dict(values, batch_size=1, sync_dist=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._evaluation is not None and not trainer.sanity_checking:
+            self.evaluations.append({"step": float(trainer.global_step)} | self._evaluation.metrics())
+        self._evaluation = None
+        self._clock.go_on()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
@@ -204,10 +268,10 @@ class GymCallback(L.Callback):
 
     def _close(self) -> None:
         self.colocation.close()
-        if self._stream is not None and self._stream.log is not None:
-            self._stream.log.close()
-        if self._trainer_logprobs is not None:
-            self._trainer_logprobs.close()
+        self._is_up = False
+        for log in (self._evaluation_log, self._trainer_logprobs, None if self._stream is None else self._stream.log):
+            if log is not None:
+                log.close()
 
     def find_policy(self, pl_module: L.LightningModule) -> nn.Module:
         """The causal language model that `policy` names.
@@ -234,11 +298,6 @@ def _check_not_prefetched(trainer: L.Trainer) -> None:
             "the train loader has no length, so Lightning would fetch one step ahead and train on stale rollouts; "
             "give trainer.fit the GymDataModule itself, without wrapping its loader"
         )
-
-
-def _ranks(trainer: L.Trainer) -> Ranks:
-    sampler: dict[str, int] = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    return Ranks(sampler["rank"], sampler["num_replicas"])
 
 
 def _check_on_policy(batch: TrajectoryBatch, step: int, *, max_lag: int) -> None:

@@ -99,6 +99,8 @@ class Colocation:
         self._runner: asyncio.Runner | None = None
         self._client: GymClient | None = None
         self._collector: Collector | None = None
+        self._evaluator: Callable[[str], Collector] | None = None
+        self._num_evaluations = 0
         self._closers: list[tuple[str, Callable[[], None]]] = []
 
     def start(
@@ -172,18 +174,23 @@ class Colocation:
             await client.connect()
             return client
 
-        self._client = runner.run(connect())
-        self._collector = Collector(
-            self._client,
-            self._ledger,
-            run_id=run_id,
-            rank=self.ranks.rank,
-            seed=settings.seed,
-            retries=settings.retries,
-            max_failed_frac=settings.max_failed_frac,
-            heartbeat_s=settings.heartbeat_s,
-            stragglers=settings.stragglers,
-        )
+        self._client = client = runner.run(connect())
+
+        def collector(run_id: str, stragglers: Stragglers | None = None) -> Collector:
+            return Collector(
+                client,
+                self._ledger,
+                run_id=run_id,
+                rank=self.ranks.rank,
+                seed=settings.seed,
+                retries=settings.retries,
+                max_failed_frac=settings.max_failed_frac,
+                heartbeat_s=settings.heartbeat_s,
+                stragglers=stragglers,
+            )
+
+        self._collector = collector(run_id, settings.stragglers)
+        self._evaluator = lambda number: collector(f"{run_id}-{number}")
 
     def _disconnect(self) -> None:
         assert self._runner is not None
@@ -192,8 +199,9 @@ class Colocation:
         self._runner.close()
 
     def _release_weights(self) -> None:
-        if self._sync is not None:
-            self._sync.close()
+        sync, self._sync = self._sync, None
+        if sync is not None:
+            sync.close()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -248,6 +256,25 @@ class Colocation:
                 )
             )
 
+    def evaluate(self, dealt: Sequence[DealtTask], *, group_size: int) -> Collection:
+        """Play held-out tasks with the weights the engine has, sampled as the eval profile says.
+
+        Every attempt is waited for. Seeds depend on the group and the attempt alone, so that two evaluations differ by
+        the weights and not by the draw.
+
+        Raises:
+            CollectionError: too many rollouts failed.
+        """
+        if self._runner is None or self._evaluator is None:
+            raise EngineError("the colocation has not been started")
+        self._num_evaluations += 1  # ids are unique in the run: a late call of an earlier evaluation is nobody's
+        collector = self._evaluator(f"eval{self._num_evaluations}")
+        profile = self.profiles["eval"]
+        with self.playing():
+            return self._runner.run(
+                collector.collect(dealt, group_size=group_size, profile_name="eval", profile=profile)
+            )
+
     @contextlib.contextmanager
     def playing(self) -> Generator[None]:
         """The engine's turn: the endpoint answers inside, and the trainer's random state is the same afterwards.
@@ -267,7 +294,7 @@ class Colocation:
             self._sync.check_unchanged()
 
     def close(self) -> None:
-        """Stop everything that was started, last first; bounded, idempotent, never raises."""
+        """Stop everything that was started, last first; bounded, idempotent, never raises. Then it may start again."""
         while self._closers:
             name, closer = self._closers.pop()
             start = time.perf_counter()

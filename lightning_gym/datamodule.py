@@ -4,22 +4,24 @@ Its loader is sized and lazy: Lightning fetches one batch ahead from an unsized 
 with the weights of the step before.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_gym.advantages import Baseline, Scale
 from lightning_gym.batch import Aggregation, TrajectoryBatch
 from lightning_gym.callback import GymCallback
 from lightning_gym.comparison import Truncated, WindowSettings, ZeroVariance
 from lightning_gym.errors import ConfigError
+from lightning_gym.evaluation import EvaluationTasks, Rows
 from lightning_gym.preconditions import check_same_lightning
 from lightning_gym.ranks import Ranks
 from lightning_gym.reference import with_old_logprobs
 from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import read_tasks
+from lightning_gym.validation import EvaluationLoader, give_validation_step
 
 _STATE_VERSION = 1
 
@@ -31,6 +33,9 @@ class GymDataModule(L.LightningDataModule):
 
     Args:
         train: JSONL path(s) of Gym dataset rows, or rows in memory.
+        val: held-out rows, like `train`, or several datasets by name, as in ``{"easy": path, "hard": path}``. They are
+            played in Lightning's validation loop, whose batches are tasks: see `lightning_gym.validation`.
+        val_samples: attempts at each of them.
         prompts_per_step: tasks an optimizer step, over all ranks.
         group_size: attempts at each task; they share a baseline.
         steps_per_epoch: optimizer steps that Lightning calls an epoch; ``None``: once through the dataset. The order
@@ -67,8 +72,10 @@ class GymDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Path | Sequence[str | Path | Mapping[str, Any]],
+        train: Rows,
+        val: Rows | Mapping[str, Rows] | None = None,
         *,
+        val_samples: int = 1,
         prompts_per_step: int = 32,
         group_size: int = 8,
         steps_per_epoch: int | None = None,
@@ -92,7 +99,15 @@ class GymDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.stream: RolloutStream | None = None
+        if val_samples < 1:
+            raise ConfigError(f"val_samples is {val_samples}; expected at least one attempt at each validation task")
         self._train = train
+        self._val = val
+        self._val_samples = val_samples
+        self._val_tasks: EvaluationTasks | None = None
+        # Lightning takes a data module that has the method for one with validation data, so there is none without.
+        if val is not None and not is_overridden("val_dataloader", self):
+            self.val_dataloader = self._evaluation_loader
         self._steps_per_epoch = steps_per_epoch
         self._seed = seed
         self._shuffle = shuffle
@@ -119,12 +134,24 @@ class GymDataModule(L.LightningDataModule):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "trainer":  # the first that a Trainer does to its data module
             check_same_lightning(value)
+            if value is not None and self._val is not None:
+                give_validation_step(value.lightning_module)
         super().__setattr__(name, value)
 
     def setup(self, stage: str) -> None:
-        """Read the tasks and hand the stream to the Trainer's `GymCallback`."""
-        if stage != "fit":
-            raise ConfigError(f"GymDataModule has no {stage} data; it plays training rollouts")
+        """Read the tasks and hand them to the Trainer's `GymCallback`."""
+        if stage not in {"fit", "validate"} or (stage == "validate" and self._val is None):
+            raise ConfigError(
+                f"GymDataModule has no {stage} data; it plays training rollouts, and validation rollouts where it is "
+                "given val=..."
+            )
+        if self._val is not None:
+            self._val_tasks = self._val_tasks or EvaluationTasks(self._val, agent=self._agent)
+            self._callback().attach_validation(self._val_tasks, self._val_samples)
+        if stage == "fit":
+            self._setup_training()
+
+    def _setup_training(self) -> None:
         if self.stream is None:
             tasks = read_tasks(self._train, agent=self._agent)
             self.stream = RolloutStream(
@@ -138,6 +165,11 @@ class GymDataModule(L.LightningDataModule):
         assert self.trainer is not None
         self.stream.prepare = self._prepare
         return WindowLoader(self._callback(), self.stream, self.trainer, self._steps_per_epoch)
+
+    def _evaluation_loader(self) -> EvaluationLoader:
+        assert self._val_tasks is not None
+        assert self.trainer is not None
+        return EvaluationLoader(self._callback(), self._val_tasks, self.trainer)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Unpack what the loader yields."""
@@ -163,7 +195,8 @@ class GymDataModule(L.LightningDataModule):
         Raises:
             ConfigError: the checkpoint is of another dataset, seed or blend.
         """
-        assert self.stream is not None
+        if self.stream is None:  # trainer.validate(ckpt_path=...): no order of tasks goes on
+            return
         for key, expected in self._fingerprint().items():
             if state_dict.get(key) != expected:
                 raise ConfigError(

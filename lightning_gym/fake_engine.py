@@ -59,7 +59,10 @@ class FakeEngine:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        if self._thread is not None and self._thread.is_alive():
+            raise EngineStartError("this engine runs already; close it first")
         self.events.append("start")
+        self._version, self._running, self._closed = None, False, False
         try:
             config = AutoConfig.from_pretrained(model.path)
             with torch.random.fork_rng(devices=[]):

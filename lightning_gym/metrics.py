@@ -161,6 +161,7 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._paused = (self._wall, self._cpu)
 
     def lap(self, phase: str) -> dict[str, float]:
         """The seconds since the last lap, under the phase's names."""
@@ -168,3 +169,13 @@ class PhaseClock:
         values = {f"time/{phase}_s": wall - self._wall, f"time/{phase}_cpu_s": cpu - self._cpu}
         self._wall, self._cpu = wall, cpu
         return values
+
+    def pause(self) -> None:
+        """What follows, until `go_on`, is no part of any phase."""
+        self._paused = (time.perf_counter(), time.process_time())
+
+    def go_on(self) -> None:
+        """Count again."""
+        wall, cpu = self._paused
+        self._wall += time.perf_counter() - wall
+        self._cpu += time.process_time() - cpu

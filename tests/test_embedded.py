@@ -564,11 +564,14 @@ def test_a_server_that_is_too_slow_is_stopped_and_reported(tmp_path):
     assert gym.poll() is not None
 
 
-def test_a_second_start_is_refused(tmp_path):
+def test_a_second_start_is_refused_until_the_first_is_closed(tmp_path):
     with EmbeddedGym() as gym:
         started(gym, tmp_path)
         with pytest.raises(GymStartError, match="started already"):
             started(gym, tmp_path)
+        gym.close()
+        started(gym, tmp_path)
+        assert gym.poll() is None
 
 
 def test_settings_that_cannot_work_are_refused_before_a_process_is_started(tmp_path, monkeypatch):

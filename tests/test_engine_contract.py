@@ -238,6 +238,28 @@ def test_an_engine_without_weights_cannot_be_resumed_and_a_closed_one_answers_wi
     assert isinstance(results[0], EngineDeadError)
 
 
+def test_a_closed_engine_starts_again_with_the_weights_of_then_and_a_running_one_is_refused(kind, tmp_path):
+    model = save_untrained(tmp_path, tied=True)
+    engine = make(kind)
+    params = [sampling(seed=seed) for seed in range(4)]
+    try:
+        for start in (0, 1):
+            with torch.no_grad():
+                model.model.norm.weight.mul_(1 + 0.5 * start)
+            engine.start(engine_model(tmp_path, model))
+            assert engine.weight_version is None, "none of an earlier life"
+            with pytest.raises(EngineStartError, match="runs already"):
+                engine.start(engine_model(tmp_path, model))
+            WeightSync(engine, model, mode="copy").sync(start)
+            for generation in generate(engine, [PROMPT] * 4, params):
+                expected = trainer_logprobs(model, PROMPT, generation)
+                assert (expected - torch.tensor(generation.logprobs)).abs().max() < 1e-4
+                assert generation.weight_version == start
+            engine.close()
+    finally:
+        engine.close()
+
+
 def test_a_model_that_cannot_be_built_is_an_error_that_names_it(kind, tmp_path):
     engine = make(kind)
     with pytest.raises(EngineStartError, match=str(tmp_path)):

@@ -73,8 +73,8 @@ class EmbeddedGym:
         Raises:
             GymStartError: it is running already, or did not come up; the message ends with its log's last lines.
         """
-        if self._server is not None:
-            raise GymStartError("the embedded Gym was started already: make a new EmbeddedGym for another start")
+        if self._server is not None and self._server.poll() is None:
+            raise GymStartError("the embedded Gym was started already: close it first, or make a new EmbeddedGym")
         if not policy_url.endswith("/v1"):
             raise ConfigError(f"policy_url: expected an URL that ends with '/v1', got {policy_url!r}")
         run_dir.mkdir(parents=True, exist_ok=True)

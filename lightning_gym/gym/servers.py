@@ -56,7 +56,7 @@ class Gym(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop what `start` started; bounded, idempotent."""
+        """Stop what `start` started; bounded, idempotent. Then it may start again."""
         ...
 
 
@@ -150,8 +150,8 @@ class NemoGym:
             ConfigError: a configuration file of the user's or Gym's interpreter does not exist.
             GymStartError: it is running already, or did not come up; the message ends with its log's last lines.
         """
-        if self._host is not None:
-            raise GymStartError("this Gym was started already: make a new NemoGym for another start")
+        if self._host is not None and self._host.poll() is None:
+            raise GymStartError("this Gym was started already: close it first, or make a new NemoGym")
         _check_files(self.config_paths, self.python)
         # Not the trainer's own directory: Gym would take a folder `benchmarks` there for its own.
         folder = run_dir.absolute() / "nemo_gym"

@@ -67,8 +67,9 @@ class Engine(Protocol):
     Threads: `start`, `update_weights`, `prompt_logprobs`, `pause`, `resume` and `close` are called from the trainer's
     main thread and block; `generate` and `abort` may be called from any thread and do not.
 
-    Life: ``start`` once, paused and with `weight_version` ``None``; then any number of ``update_weights`` while
-    paused; generations run only between ``resume`` and ``pause``; ``close`` once, from any state.
+    Life: ``start``, paused and with `weight_version` ``None``; then any number of ``update_weights`` while
+    paused; generations run only between ``resume`` and ``pause``; ``close``, from any state. Then it may start
+    again, as it does where a Trainer validates what it has fitted.
     """
 
     @property

@@ -92,8 +92,10 @@ class VLLMEngine:
         return self._max_model_len
 
     def start(self, model: EngineModel) -> None:
-        if self._thread is not None:
-            raise EngineStartError("this engine was started before; make a new one")
+        if self._thread is not None and self._thread.is_alive():
+            raise EngineStartError("this engine runs already; close it first")
+        self._work, self._pending = queue.SimpleQueue(), {}
+        self._running, self._closing, self._death, self._weight_version = False, False, None, None
         built: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(model, built), name="lightning-gym-engine", daemon=True)
         self._thread.start()
