@@ -103,6 +103,7 @@ $(READY_DOCS): $(LOCK_DOCS) $(READY)
 demo: $(READY)
 	$(VENV)/bin/lightning-gym warm-start counter --seed $(SEED)
 	$(VENV)/bin/lightning-gym train recipe=counter seed=$(SEED) output_dir=outputs/demo
+	@$(VENV)/bin/lightning-gym report outputs/demo
 
 # The suite's tiers: see the markers in pyproject.toml.
 test-fast: $(READY)

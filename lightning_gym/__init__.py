@@ -15,6 +15,7 @@ weights in process after optimizer steps, and the rollouts that Gym plays come b
 - `SamplingProfile`: how tokens are sampled.
 - `VLLMEngine`: the colocated engine.
 - `WindowSettings`: what an optimizer step of a `GymLoop` is made of.
+- `write_report`: a run's curves and rollouts as one HTML file.
 
 The names are looked up when first used (PEP 562): importing `lightning_gym` imports neither torch nor vllm nor
 lightning, so each part costs only what it needs.
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_gym.module import PolicyModule
     from lightning_gym.policy.vllm_engine import VLLMEngine
     from lightning_gym.rollout import SamplingProfile
+    from lightning_gym.viewer.report import write_report
 
 __all__ = [
     "AttachedGym",
@@ -49,6 +51,7 @@ __all__ = [
     "SamplingProfile",
     "VLLMEngine",
     "WindowSettings",
+    "write_report",
 ]
 
 _MODULE_OF = {
@@ -64,6 +67,7 @@ _MODULE_OF = {
     "SamplingProfile": "lightning_gym.rollout",
     "VLLMEngine": "lightning_gym.policy.vllm_engine",
     "WindowSettings": "lightning_gym.comparison",
+    "write_report": "lightning_gym.viewer.report",
 }
 """Public name -> the module that makes it. A new name goes here, into ``__all__`` and under ``TYPE_CHECKING``."""
 

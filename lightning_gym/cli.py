@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--limit", type=int, default=None, help="at most this many rollouts")
     inspect.add_argument("--json", action="store_true", help="one JSON object a line")
     inspect.set_defaults(command=_inspect)
+    report = commands.add_parser("report", help="write a run's curves and rollouts into one HTML file")
+    report.add_argument("run_dir", type=Path, help="output directory of a run, finished or not")
+    report.add_argument("--out", type=Path, default=None, help="the file to write; RUN_DIR/report.html by default")
+    report.add_argument("--model", type=Path, default=None, help="whose tokenizer decodes; the run's own by default")
+    report.add_argument("--limit", type=int, default=2000, help="hold at most this many rollouts")
+    report.add_argument("--step", type=int, default=None, help="hold the rollouts of this optimizer step only")
+    report.set_defaults(command=_report)
     doctor = commands.add_parser("doctor", help="what a model's chat template does, and what that means for training")
     doctor.add_argument("--model", type=Path, required=True, help="directory of a transformers model")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -205,6 +212,15 @@ def _inspect(arguments: argparse.Namespace) -> None:
         described = describe_rollout(rollout, chat.decode)
         print(json.dumps(described, ensure_ascii=False) if arguments.json else rollout_text(described) + "\n")
         shown += 1
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from lightning_gym.viewer.report import write_report
+
+    path = write_report(
+        arguments.run_dir, arguments.out, model=arguments.model, max_rollouts=arguments.limit, step=arguments.step
+    )
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

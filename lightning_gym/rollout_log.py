@@ -88,6 +88,36 @@ def _segment(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
+class LoggedSegment(msgspec.Struct):
+    """A segment as the log has it; index t of the three lists speaks about token t."""
+
+    token_ids: list[int]
+    loss_mask: list[int]
+    logprobs: list[float]
+    weight_version: int = -1
+
+
+class LoggedRollout(msgspec.Struct):
+    """A line of the log. What another version did not write has its default; what it wrote beyond is ignored."""
+
+    rollout_id: str
+    step: int
+    task_index: int = -1
+    group_id: int = -1
+    attempt: int = 0
+    agent: str = ""
+    reward: float | None = None
+    advantage: float | None = None
+    truncated: bool = False
+    seconds: float = 0.0
+    failure: dict[str, Any] | None = None
+    breaks: list[dict[str, Any]] = []
+    metrics: dict[str, Any] = {}
+    prompt: list[Any] = []
+    output: list[Any] = []
+    segments: list[LoggedSegment] = []
+
+
 def read_rollout_log(path: Path) -> tuple[Path, Iterator[dict[str, Any]]]:
     """The model path of a log, and its rollouts one by one.
 

@@ -62,6 +62,7 @@ def _write(output_dir: Path, summary: dict[str, Any], callback: GymCallback, rew
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_reward(callback.history, output_dir / "reward.png", reward_predicted=reward_predicted)
     print(summary_line(summary), flush=True)  # noqa: T201  the command's answer
+    print(f"its curves and rollouts in one file: lightning-gym report {output_dir}", flush=True)  # noqa: T201
 
 
 def _reward_predicted(warm_start: str | None) -> float | None:

@@ -6,12 +6,14 @@ A file of its own: rollouts are logged before they train. Optional: readers of `
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from torch import Tensor
 
-from lightning_gym.batch import TrajectoryBatch
+if TYPE_CHECKING:  # reading the file needs no torch
+    from torch import Tensor
+
+    from lightning_gym.batch import TrajectoryBatch
 
 FILE_NAME = "trainer_logprobs.jsonl"
 
@@ -36,7 +38,7 @@ class TrainerLogprobs:
         self._file = path.open("ab" if resume else "wb")
         self._waiting: list[tuple[TrajectoryBatch, Tensor]] = []
 
-    def add(self, batch: TrajectoryBatch, logprobs: Tensor) -> None:
+    def add(self, batch: "TrajectoryBatch", logprobs: "Tensor") -> None:
         """Keep what a micro-batch measured.
 
         Args:
@@ -70,7 +72,7 @@ class TrainerLogprobs:
         self._file.close()
 
 
-def logprobs_of(outputs: Any) -> Tensor | None:
+def logprobs_of(outputs: Any) -> "Tensor | None":
     """The ``logprobs`` that a ``training_step`` returned beside its loss, if it did.
 
     Example:
@@ -81,7 +83,7 @@ def logprobs_of(outputs: Any) -> Tensor | None:
         True
     """
     found = outputs.get("logprobs") if isinstance(outputs, Mapping) else None
-    return found if isinstance(found, Tensor) else None
+    return found if hasattr(found, "detach") else None
 
 
 class Line(msgspec.Struct):

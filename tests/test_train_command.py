@@ -74,7 +74,9 @@ def test_the_policy_learns_strictly_on_policy_with_exact_logprobs(warm_start, tm
     start_reward = summary["reward_predicted"]
     assert abs(summary["reward_first"] - start_reward) < 0.2, "64 rollouts: three standard errors"
     assert summary["reward_last10"] >= start_reward + 0.25
-    assert output.strip().splitlines()[-1].startswith("reward ")
+    *_, reward, report = output.strip().splitlines()
+    assert reward.startswith("reward ")
+    assert report == f"its curves and rollouts in one file: lightning-gym report {tmp_path}"
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     metrics = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
     assert "rollout/reward_mean" in metrics[0]
