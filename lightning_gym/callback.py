@@ -21,6 +21,7 @@ from lightning_gym.errors import ConfigError, StalePolicyError
 from lightning_gym.evaluation import Evaluation, EvaluationGroup, EvaluationTasks, evaluate
 from lightning_gym.gym.servers import Gym
 from lightning_gym.ladder import SyncMode
+from lightning_gym.memory_budget import Precision
 from lightning_gym.policy.engine import Engine
 from lightning_gym.policy.ledger import Profile
 from lightning_gym.policy.parsers import BUILTIN
@@ -178,7 +179,14 @@ class GymCallback(L.Callback):
                 self._evaluation_log = RolloutLog(run_dir / "val_rollouts.jsonl", model_path, resume=resume)
         self._is_up = True
         self.colocation.start(
-            model, model_path, tasks, run_dir=run_dir, run_id=uuid.uuid4().hex[:8], ranks=ranks_of(trainer)
+            model,
+            model_path,
+            tasks,
+            run_dir=run_dir,
+            run_id=uuid.uuid4().hex[:8],
+            ranks=ranks_of(trainer),
+            precision=_precision(trainer),
+            max_tokens_per_micro_batch=0 if self._stream is None else self._stream.settings.max_tokens_per_micro_batch,
         )
 
     def evaluate(self, trainer: L.Trainer, *, max_tasks_per_rank: int) -> list[EvaluationGroup]:
@@ -298,6 +306,12 @@ def _check_not_prefetched(trainer: L.Trainer) -> None:
             "the train loader has no length, so Lightning would fetch one step ahead and train on stale rollouts; "
             "give trainer.fit the GymDataModule itself, without wrapping its loader"
         )
+
+
+def _precision(trainer: L.Trainer) -> Precision | None:
+    """Of a Trainer that casts in the forward; where weights are as they compute, they say it themselves."""
+    precision = trainer.precision
+    return precision if precision in ("bf16-mixed", "16-mixed") else None
 
 
 def _check_on_policy(batch: TrajectoryBatch, step: int, *, max_lag: int) -> None:

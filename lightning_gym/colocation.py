@@ -24,6 +24,7 @@ from lightning_gym.gym.client import GymClient
 from lightning_gym.gym.servers import Gym
 from lightning_gym.ladder import SyncMode
 from lightning_gym.logprobs import check_packing
+from lightning_gym.memory_budget import Precision, compute_dtype, precision_of, trainer_bytes_to_come
 from lightning_gym.packed_attention import use_packed_attention
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.endpoint import Endpoint
@@ -104,7 +105,16 @@ class Colocation:
         self._closers: list[tuple[str, Callable[[], None]]] = []
 
     def start(
-        self, model: nn.Module, model_path: Path, tasks: Sequence[Task], *, run_dir: Path, run_id: str, ranks: Ranks
+        self,
+        model: nn.Module,
+        model_path: Path,
+        tasks: Sequence[Task],
+        *,
+        run_dir: Path,
+        run_id: str,
+        ranks: Ranks,
+        precision: Precision | None = None,
+        max_tokens_per_micro_batch: int = 0,
     ) -> None:
         """Bring everything up, and check whatever can be checked before a rollout is paid for.
 
@@ -115,6 +125,8 @@ class Colocation:
             run_dir: where logs go.
             run_id: prefix of rollout ids.
             ranks: who else trains.
+            precision: of the Trainer; the engine computes in what it casts to. ``None``: as the parameters are.
+            max_tokens_per_micro_batch: packed tokens whose activations will live beside the engine.
 
         Raises:
             ConfigError: the model mixes packed sequences, has dropout, has fewer rows than the tokenizer ids, or cannot
@@ -140,14 +152,21 @@ class Colocation:
         self._closers.append(("endpoint", endpoint.close))
         check_vocabulary(model, endpoint.service.chat.num_ids)
         check_prompts(tasks[:_NUM_PROMPTS_CHECKED], endpoint.service.chat, self._engine.max_model_len)
-        parameter = next(model.parameters())
-        device = str(parameter.device)
-        dtype = str(parameter.dtype).removeprefix("torch.")
+        device = str(next(model.parameters()).device)
+        precision = precision or precision_of(model)
         start = time.perf_counter()
         self._closers.append(("weight sync", self._release_weights))
         self._closers.append(("engine", self._engine.close))
         self._engine.start(
-            EngineModel(path=model_path, dtype=dtype, device=device, weights=lambda: checkpoint_weights(model))
+            EngineModel(
+                path=model_path,
+                dtype=compute_dtype(precision),
+                device=device,
+                weights=lambda: checkpoint_weights(model),
+                trainer_bytes=trainer_bytes_to_come(
+                    model, precision=precision, max_tokens_per_micro_batch=max_tokens_per_micro_batch
+                ),
+            )
         )
         self._sync = WeightSync(self._engine, model, mode=self._sync_mode, ranks=ranks)
         built = time.perf_counter()

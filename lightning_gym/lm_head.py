@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -140,6 +141,31 @@ def check_after_head(output: Tensor, head: nn.Module, finish: Callable[[Tensor],
             "logits_scaling, lm_head_multiplier, final_logit_softcapping), so that they cannot be computed in chunks; "
             "pass max_logits=None to take the model's own logits in one piece"
         )
+
+
+class _Float32Head(nn.Linear):
+    """A linear layer that computes in float32 whatever its weight and its input are."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  nn.Linear's name
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def use_float32_head(model: nn.Module) -> None:
+    """Let `model` compute its logits in float32 from hidden states and weights of lower precision.
+
+    The weight stays as it is, tied or not, and is cast at every use; products of bfloat16 numbers are exact in float32.
+    The engine's counterpart is ``VLLMEngine(head_dtype="float32")``.
+
+    Raises:
+        ConfigError: the head is no plain linear layer.
+    """
+    head = head_of(model)
+    if head is None or type(head) not in (nn.Linear, _Float32Head):
+        raise ConfigError(
+            f"head_dtype='float32' needs an LM head that is an nn.Linear, got {type(head).__name__}; leave it out"
+        )
+    head.__class__ = _Float32Head  # a class and no closure: copies of the model have it too
 
 
 def head_of(model: nn.Module) -> nn.Module | None:

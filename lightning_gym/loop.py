@@ -19,6 +19,7 @@ from lightning_gym.comparison import WindowSettings
 from lightning_gym.errors import ConfigError, StalePolicyError
 from lightning_gym.gym.servers import Gym
 from lightning_gym.ladder import SyncMode
+from lightning_gym.memory_budget import Precision
 from lightning_gym.policy.engine import Engine
 from lightning_gym.policy.ledger import Profile
 from lightning_gym.policy_checks import check_sampling
@@ -124,6 +125,8 @@ class GymLoop:
             self._stream.prepare = self._with_old_logprobs
         self._finished_position = 0
         self._loss_divisor = 1 if accelerator is None else accelerator.gradient_accumulation_steps
+        mixed: dict[str, Precision] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+        self._precision: Precision | None = None if accelerator is None else mixed.get(accelerator.mixed_precision)
         self._num_micro_batches = num_micro_batches or self._loss_divisor
         self._called = model
         self._model = unwrapped(model)
@@ -150,6 +153,8 @@ class GymLoop:
                 run_dir=self._run_dir,
                 run_id=uuid.uuid4().hex[:8],
                 ranks=self.ranks,
+                precision=self._precision,
+                max_tokens_per_micro_batch=self._stream.settings.max_tokens_per_micro_batch,
             )
         except BaseException:
             self.close()

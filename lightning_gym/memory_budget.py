@@ -24,6 +24,13 @@ DEVICE_ALLOWANCE_BYTES = GIB
 GRAPHS_ALLOWANCE_BYTES = GIB
 """For vLLM's CUDA graphs; an allowance, not a measurement."""
 
+SMALLER = (
+    "Smaller: kv_cache_memory_bytes, or max_num_seqs x max_model_len (KV cache); max_tokens_per_micro_batch with a "
+    "larger accumulate_grad_batches, or gradient_checkpointing=True (activations); precision='bf16-true' (weights, "
+    "gradients, optimizer state)"
+)
+"""What makes a plan smaller."""
+
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -142,19 +149,19 @@ class MemoryBudget:
             end += f" of {self.device_bytes / GIB:.2f} GiB, {verdict}"
         return "\n".join([*lines, end])
 
+    @property
+    def fits(self) -> bool:
+        """Whether the device has enough, as far as anybody knows."""
+        return self.device_bytes is None or self.total_bytes <= self.device_bytes
+
     def check(self) -> None:
         """Refuse a plan that does not fit.
 
         Raises:
             ConfigError: with the table, and what makes it smaller.
         """
-        if self.device_bytes is not None and self.total_bytes > self.device_bytes:
-            raise ConfigError(
-                f"trainer and engine together need more memory than the device has:\n{self.table()}\n"
-                "Smaller: kv_cache_memory_bytes or max_num_seqs x max_model_len (KV cache), "
-                "max_tokens_per_micro_batch with a larger accumulate_grad_batches, or gradient_checkpointing=True "
-                "(activations), precision='bf16-true' (weights, gradients, optimizer)"
-            )
+        if not self.fits:
+            raise ConfigError(f"more memory is needed than there is:\n{self.table()}\n{SMALLER}")
 
 
 def trainer_parts(
@@ -196,6 +203,38 @@ def trainer_parts(
     return parts
 
 
+def precision_of(model: "nn.Module") -> Precision:
+    """That of a model trained as its parameters are."""
+    import torch
+
+    dtype = next(model.parameters()).dtype
+    names: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+    return names.get(dtype, "32-true")
+
+
+def compute_dtype(precision: Precision) -> str:
+    """That a forward computes in.
+
+    Example:
+        >>> compute_dtype("bf16-mixed")
+        'bfloat16'
+    """
+    if precision.startswith("bf16"):
+        return "bfloat16"
+    return "float16" if precision.startswith("16") else "float32"
+
+
+def trainer_bytes_to_come(model: "nn.Module", *, precision: Precision, max_tokens_per_micro_batch: int) -> int:
+    """What AdamW training will allocate beside the weights of a model that is on its device already."""
+    parts = trainer_parts(
+        ModelSize.of_model(model),
+        precision=precision,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        gradient_checkpointing=getattr(model, "is_gradient_checkpointing", False) is True,
+    )
+    return sum(part.num_bytes for part in parts if part.name != "weights")
+
+
 def engine_parts(
     size: ModelSize,
     *,
@@ -231,6 +270,92 @@ def engine_parts(
         Part("engine", f"a step of {max_batched_tokens} tokens", step + sampling),
         *([Part("engine", "CUDA graphs (allowance)", GRAPHS_ALLOWANCE_BYTES)] if cuda_graphs else []),
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """What an engine is told of memory."""
+
+    kv_cache_bytes: int
+    utilization: float
+    """Part of the device that the engine takes, weights included; what vLLM calls ``gpu_memory_utilization``."""
+    budget: MemoryBudget
+    """Of the whole device: what is taken already, the engine's parts, and what the trainer will still take."""
+
+
+def plan_engine(
+    size: ModelSize,
+    *,
+    dtype: str,
+    device_bytes: int,
+    free_bytes: int,
+    trainer_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    max_batched_tokens: int,
+    kv_cache_bytes: int | None = None,
+    cuda_graphs: bool = True,
+) -> EnginePlan:
+    """Fit an engine beside a trainer whose weights are on the device and whose other parts are still to come.
+
+    The KV cache gets what every request at its longest would need, or what trainer and engine leave of the device if
+    that is less, and room for one request in any case: `trainer_bytes` counts the largest micro-batch that is allowed.
+
+    Args:
+        size: of the policy.
+        dtype: the engine computes in.
+        device_bytes: all that the device has.
+        free_bytes: of it now.
+        trainer_bytes: that the trainer will still allocate: gradients, optimizer state, activations.
+        max_num_seqs: requests decoded together.
+        max_model_len: tokens of one request.
+        max_batched_tokens: tokens of one engine step.
+        kv_cache_bytes: asked for; ``None`` works it out.
+        cuda_graphs: the engine captures graphs.
+
+    Raises:
+        ConfigError: the engine does not fit into what is free now, or one request does not into the KV cache.
+
+    Example:
+        >>> shape = {"num_layers": 1, "hidden_size": 8, "query_size": 8, "kv_size": 4, "intermediate_size": 16}
+        >>> size = ModelSize(num_parameters=680, num_trained=680, vocab_size=10, **shape)
+        >>> limits = {"max_num_seqs": 2, "max_model_len": 100, "max_batched_tokens": 64}
+        >>> device = {"device_bytes": 8 << 30, "free_bytes": 7 << 30, "trainer_bytes": 1 << 30}
+        >>> plan_engine(size, dtype="bfloat16", **device, **limits).kv_cache_bytes
+        3200
+    """
+
+    def parts(cache: int) -> list[Part]:
+        return engine_parts(
+            size,
+            dtype=dtype,
+            kv_cache_bytes=cache,
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=max_batched_tokens,
+            cuda_graphs=cuda_graphs,
+        )
+
+    one_request = max_model_len * size.kv_bytes_per_token(dtype)
+    if kv_cache_bytes is None:
+        room = free_bytes - trainer_bytes - DEVICE_ALLOWANCE_BYTES - sum(part.num_bytes for part in parts(0))
+        kv_cache_bytes = min(max_num_seqs * one_request, max(room, one_request))
+    elif kv_cache_bytes < one_request:
+        raise ConfigError(
+            f"kv_cache_memory_bytes is {kv_cache_bytes / GIB:.3f} GiB, and one request of max_model_len="
+            f"{max_model_len} tokens needs {one_request / GIB:.3f} GiB"
+        )
+    engine = MemoryBudget(parts=parts(kv_cache_bytes), device_bytes=free_bytes)
+    engine.check()
+    budget = MemoryBudget(
+        parts=[
+            Part("device", "taken already", device_bytes - free_bytes),
+            Part("device", "workspaces (allowance)", DEVICE_ALLOWANCE_BYTES),
+            Part("trainer", "at most still to come", trainer_bytes),
+            *engine.parts,
+        ],
+        device_bytes=device_bytes,
+    )
+    return EnginePlan(kv_cache_bytes=kv_cache_bytes, utilization=engine.total_bytes / device_bytes, budget=budget)
 
 
 def wanted_kv_cache_bytes(size: ModelSize, *, dtype: str, max_num_seqs: int, max_model_len: int) -> int:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from lightning_gym.batch import TrajectoryBatch
 from lightning_gym.corrections import Correction, check_composition, correction_named, with_correction_scale
 from lightning_gym.errors import ConfigError, NotFiniteError
+from lightning_gym.liger import use_liger
+from lightning_gym.lm_head import use_float32_head
 from lightning_gym.logprobs import check_packing, token_logprobs, token_logprobs_and_entropies
 from lightning_gym.losses import Loss, distillation, loss_named
 from lightning_gym.mismatch import entropy_estimate, mismatch_metrics, ratio_histogram
@@ -51,6 +53,9 @@ class PolicyModule(L.LightningModule):
         weight_decay: of AdamW.
         dtype: of the loaded weights, ``"float32"`` or ``"bfloat16"``.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        head_dtype: ``"float32"`` computes the LM head in float32 whatever the model is; set
+            ``VLLMEngine(head_dtype=...)`` alike, so that both sides agree. ``None``: as the model.
+        liger: Liger's Triton kernels for norms and MLPs, on a GPU; see `lightning_gym.liger.use_liger`.
 
     Raises:
         ConfigError: there is no such loss or correction, they do not go together, or there is no such model
@@ -76,6 +81,8 @@ class PolicyModule(L.LightningModule):
         weight_decay: float = 0.0,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        head_dtype: Literal["float32"] | None = None,
+        liger: bool = False,
     ) -> None:
         super().__init__()
         self.loss = loss_named(loss) if isinstance(loss, str) else loss
@@ -84,6 +91,10 @@ class PolicyModule(L.LightningModule):
         if lr_scheduler is not None and warmup_steps:
             raise ConfigError("warmup_steps and lr_scheduler both set the learning rate; give one of them")
         self.model = (model if isinstance(model, nn.Module) else _load(model, dtype)).train()
+        if liger:
+            use_liger(self.model)
+        if head_dtype is not None:
+            use_float32_head(self.model)
         self.needs_reference = kl_coefficient != 0 or self.loss is distillation
         if ref_model is not None and not self.needs_reference:
             raise ConfigError(

@@ -6,6 +6,7 @@ sequence, not of the row, and no mask is built.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -155,18 +156,16 @@ def packed_attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     _check_plain(module, attention_mask, kwargs, packed_layout.longest)
+    if torch.is_autocast_enabled(query.device.type):  # SDPA does this by itself, the variable-length kernel does not
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = kwargs.get("sliding_window")
     window = None if window is None or window >= packed_layout.longest else int(window)
     softcap: float | None = kwargs.get("softcap")
-    varlen = _varlen_kernel(query)
+    varlen = varlen_kernel(query)
     if varlen and packed_layout.borders is not None and window is None and softcap is None and not dropout:
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        border, longest = packed_layout.borders, packed_layout.longest
-        grouped = key.shape[1] != query.shape[1]
-        attended = varlen(
-            *rows, border, border, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
-        )
-        return attended[None], None
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return varlen(q, k, v, packed_layout.borders, packed_layout.longest, scaling)[None], None
     flat: list[Tensor] = []
     for grid in packed_layout.grids:
         unfolded = [tensor[0][:, grid].transpose(0, 1) for tensor in (query, key, value)]
@@ -201,14 +200,42 @@ def _check_plain(module: nn.Module, attention_mask: Tensor | None, kwargs: dict[
         )
 
 
-def _varlen_kernel(query: Tensor) -> Callable[..., Any] | None:
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]
+"""Queries, keys and values ``[seq, heads, head_dim]``, borders, longest, scaling -> ``[seq, heads, head_dim]``."""
+
+
+def varlen_kernel(query: Tensor) -> Varlen | None:
+    """PyTorch's variable-length flash attention, causal, if it is there and takes `query`.
+
+    ``torch.nn.attention.varlen.varlen_attn`` came in 2.10 and could be scaled and given fewer key than query heads
+    later; what it takes is asked of its signature.
+    """
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
+    except ImportError:
         return None
-    return varlen_attn
+    return adapted_varlen(varlen_attn)
+
+
+def adapted_varlen(kernel: Callable[..., Any]) -> Varlen | None:
+    """`kernel` as `packed_attention` calls it; ``None`` if it cannot be scaled."""
+    takes = inspect.signature(kernel).parameters.keys()
+    if not {"scale", "window_size"} <= takes:
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float | None) -> Tensor:
+        grouped: dict[str, bool] = {}
+        if k.shape[1] != q.shape[1]:
+            if "enable_gqa" in takes:
+                grouped = {"enable_gqa": True}
+            else:
+                k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        border = (borders, borders, longest, longest)
+        return kernel(q, k, v, *border, scale=scaling, window_size=(-1, 0), **grouped)
+
+    return attend
 
 
 def _causal(

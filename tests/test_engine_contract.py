@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_gym.errors import ConfigError, EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
+from lightning_gym.lm_head import use_float32_head
 from lightning_gym.policy.engine import EngineModel, Generation, SamplingParams
 from lightning_gym.policy.vllm_engine import VLLMEngine
 from lightning_gym.sync import WeightSync
@@ -310,3 +311,35 @@ def test_an_engine_over_several_of_the_trainers_ranks_is_refused_with_the_reason
     with pytest.raises(ConfigError, match=rf"{name}=2.*the same requests in the same order.*one whole engine a rank"):
         VLLMEngine(engine_args={name: 2})
     VLLMEngine(engine_args={name: 1})
+
+
+@pytest.mark.vllm
+def test_vllm_computes_the_head_of_a_bfloat16_model_in_float32_if_asked(tmp_path):
+    model = save_untrained(tmp_path, tied=False).bfloat16()
+    use_float32_head(model)
+    tokens = list(range(5, 37))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    found = {}
+    for head_dtype in (None, "float32"):
+        engine = VLLMEngine(max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=8 << 20, head_dtype=head_dtype)
+        engine.start(EngineModel(path=tmp_path, dtype="bfloat16", weights=lambda: checkpoint_weights(model)))
+        try:
+            engine.update_weights(lambda: None, version=0)
+            found[head_dtype] = torch.tensor(engine.prompt_logprobs(tokens))
+        finally:
+            engine.close()
+    assert (found["float32"] - expected).abs().max() < 2e-2
+    assert not torch.equal(found["float32"], found[None])
+
+
+@pytest.mark.vllm
+def test_an_engine_whose_head_stays_in_another_dtype_is_refused(tmp_path, monkeypatch):
+    from vllm.config import ModelConfig
+
+    monkeypatch.setattr(ModelConfig, "head_dtype", property(lambda self: self.dtype))  # as 0.25.1 answers
+    model = save_untrained(tmp_path, tied=True).bfloat16()
+    engine = VLLMEngine(max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=8 << 20, head_dtype="float32")
+    with pytest.raises(EngineStartError, match="computes the LM head in bfloat16"):
+        engine.start(EngineModel(path=tmp_path, dtype="bfloat16", weights=lambda: checkpoint_weights(model)))

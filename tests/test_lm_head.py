@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_gym.batch import TrajectoryBatch
 from lightning_gym.errors import ConfigError
-from lightning_gym.lm_head import after_head, chunked_scores, token_scores
+from lightning_gym.lm_head import after_head, chunked_scores, token_scores, use_float32_head
 from lightning_gym.logprobs import token_logprobs, token_logprobs_and_entropies, use_padded_rows
 from lightning_gym.packed_attention import use_packed_attention
 
@@ -219,3 +219,45 @@ def test_without_a_gradient_chunks_give_the_same_values():
         logprobs = token_logprobs(model, row(), max_logits=3 * VOCAB)
     assert not logprobs.requires_grad
     assert (logprobs - expected).abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("max_logits", [None, 50])
+@pytest.mark.parametrize("kind", ["tied", "untied", "soft cap"])
+def test_a_float32_head_scores_a_bfloat16_model_as_its_own_weights_in_float32(kind, max_logits):
+    model = built(CONFIGS[kind]).bfloat16()
+    batch = row()
+    hidden: list[torch.Tensor] = []
+    with model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0])):
+        rounded = token_logprobs(model, batch, max_logits=None)
+    finish = after_head(model.config)
+    logits = finish(nn.functional.linear(hidden[0][0].float(), model.lm_head.weight.float()))
+    expected = token_scores(logits, batch.input_ids[0, batch.loss_mask[0]])[0]
+
+    use_float32_head(model)
+    exact = token_logprobs(model, batch, max_logits=max_logits)
+
+    assert (exact[batch.loss_mask] - expected).abs().max() < 1e-6
+    assert (rounded[batch.loss_mask] - expected).abs().max() > 1e-4  # the control: rounding is there to be seen
+    exact.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    assert model.lm_head.weight.grad.dtype == torch.bfloat16
+
+
+def test_a_float32_head_stays_float32_under_autocast_and_in_copies():
+    model = built(CONFIGS["untied"])
+    batch = row()
+    plain = token_logprobs(model, batch, max_logits=None)
+    use_float32_head(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.lm_head(torch.ones(1, 32, dtype=torch.bfloat16)).dtype == torch.float32
+        assert twin.lm_head(torch.ones(1, 32)).dtype == torch.float32
+    assert torch.equal(token_logprobs(model, batch, max_logits=None), plain)
+    assert not torch.equal(token_logprobs(twin, batch, max_logits=None), plain)
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_refused_in_float32():
+    with pytest.raises(ConfigError, match="LoRALinear"):
+        use_float32_head(with_lora())

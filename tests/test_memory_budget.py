@@ -13,7 +13,11 @@ from lightning_gym.memory_budget import (
     ModelSize,
     Part,
     Precision,
+    compute_dtype,
     engine_parts,
+    plan_engine,
+    precision_of,
+    trainer_bytes_to_come,
     trainer_parts,
     wanted_kv_cache_bytes,
 )
@@ -133,3 +137,81 @@ def test_a_plan_for_an_unknown_device_is_only_told():
     budget.check()
 
     assert budget.table().endswith("3.00 GiB")
+
+
+GB = 1 << 30
+LIMITS: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 1000, "max_batched_tokens": 16}
+
+
+def one_layer() -> ModelSize:
+    """A model with a KV cache of 1 MiB a token, so that a gigabyte is a thousand tokens."""
+    return ModelSize(
+        num_parameters=GB // 2,
+        num_trained=GB // 2,
+        num_layers=1,
+        hidden_size=8,
+        query_size=8,
+        kv_size=1 << 18,
+        intermediate_size=16,
+        vocab_size=10,
+    )
+
+
+def test_the_kv_cache_holds_every_request_where_there_is_room():
+    plan = plan_engine(
+        one_layer(), dtype="bfloat16", device_bytes=80 * GB, free_bytes=79 * GB, trainer_bytes=4 * GB, **LIMITS
+    )
+
+    assert plan.kv_cache_bytes == 4 * 1000 << 20
+    assert plan.budget.fits
+
+
+def test_the_kv_cache_is_what_the_trainer_leaves():
+    device = {"device_bytes": 10 * GB, "free_bytes": 9 * GB, "trainer_bytes": 4 * GB}
+
+    plan = plan_engine(one_layer(), dtype="bfloat16", **device, **LIMITS)
+
+    assert 1000 << 20 < plan.kv_cache_bytes < 4 * 1000 << 20
+    assert plan.budget.total_bytes == 10 * GB
+    assert plan.utilization == pytest.approx(plan.budget.of("engine") / (10 * GB))
+
+
+def test_a_trainer_that_may_need_too_much_leaves_room_for_one_request_and_is_told_of():
+    device = {"device_bytes": 10 * GB, "free_bytes": 9 * GB, "trainer_bytes": 20 * GB}
+
+    plan = plan_engine(one_layer(), dtype="bfloat16", **device, **LIMITS)
+
+    assert plan.kv_cache_bytes == 1000 << 20
+    assert not plan.budget.fits
+
+
+def test_an_engine_that_does_not_fit_now_is_refused():
+    device = {"device_bytes": 10 * GB, "free_bytes": 2 * GB, "trainer_bytes": 0}
+
+    with pytest.raises(ConfigError, match="more memory is needed than there is"):
+        plan_engine(one_layer(), dtype="bfloat16", **device, **LIMITS)
+
+
+def test_a_kv_cache_too_small_for_one_request_is_refused():
+    device = {"device_bytes": 80 * GB, "free_bytes": 79 * GB, "trainer_bytes": 0}
+
+    with pytest.raises(ConfigError, match=r"one request of max_model_len=1000 tokens needs 0\.977 GiB"):
+        plan_engine(one_layer(), dtype="bfloat16", **device, **LIMITS, kv_cache_bytes=5 << 20)
+
+
+def test_what_is_to_come_is_all_of_the_trainer_but_its_weights():
+    model = model_of(2)
+    size = ModelSize.of_model(model)
+
+    to_come = trainer_bytes_to_come(model, precision="32-true", max_tokens_per_micro_batch=100)
+
+    parts = MemoryBudget(parts=trainer_parts(size, precision="32-true", max_tokens_per_micro_batch=100))
+    assert to_come == parts.total_bytes - 4 * size.num_parameters
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "32-true"), ("bfloat16", "bf16-true")])
+def test_a_model_says_the_precision_it_trains_in(dtype: str, precision: str):
+    model = model_of(1).to(getattr(torch, dtype))
+
+    assert precision_of(model) == precision
+    assert compute_dtype(precision_of(model)) == dtype

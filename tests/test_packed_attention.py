@@ -1,6 +1,7 @@
 """Packed attention: every architecture computes a packed row as it computes each sequence alone, or is refused."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning_gym.logprobs import check_packing, padded_tokens, token_logprobs,
 from lightning_gym.packed_attention import (
     PACKED_ATTENTION,
     PackedLayout,
+    adapted_varlen,
     forward_arguments,
     packed_attention,
     use_packed_attention,
@@ -322,12 +324,48 @@ def fake_varlen(query, key, value, borders, borders_k, longest, longest_k, *, sc
     return torch.cat(parts)
 
 
+def fake_varlen_without_groups(query, key, value, borders, borders_k, longest, longest_k, *, scale, window_size):
+    """The signature of torch 2.11's: as many key as query heads."""
+    assert query.shape == key.shape == value.shape
+    return fake_varlen(
+        *(query, key, value, borders, borders_k, longest, longest_k),
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=False,
+    )
+
+
+def unscaled_varlen(query, key, value, borders, borders_k, longest, longest_k, is_causal=False, return_aux=None):
+    """The signature of torch 2.10's."""
+    raise AssertionError("it cannot scale the scores")
+
+
+@pytest.mark.parametrize("kernel", [fake_varlen, fake_varlen_without_groups])
 @pytest.mark.parametrize("options", [{}, {"scaling": 0.3}, {"sliding_window": 3}, {"softcap": 1.0}])
-def test_a_variable_length_kernel_gives_what_the_grids_give(monkeypatch, options):
+def test_a_variable_length_kernel_gives_what_the_grids_give(monkeypatch, options, kernel):
     arguments = (plain_module(), heads(12, num_heads=4), heads(12), heads(12).flip(2), None)
     layout = PackedLayout.of((5, 1, 6))
     grids, _ = packed_attention(*arguments, packed_layout=layout, **options)
-    monkeypatch.setattr("lightning_gym.packed_attention._varlen_kernel", lambda query: fake_varlen)
-    kernel, _ = packed_attention(*arguments, packed_layout=layout, **options)
-    assert (grids - kernel).abs().max().item() < 1e-6
-    assert grids.shape == kernel.shape == (1, 12, 4, 4)
+    monkeypatch.setattr("lightning_gym.packed_attention.varlen_kernel", lambda query: adapted_varlen(kernel))
+    attended, _ = packed_attention(*arguments, packed_layout=layout, **options)
+    assert (grids - attended).abs().max().item() < 1e-6
+    assert grids.shape == attended.shape == (1, 12, 4, 4)
+
+
+def test_a_variable_length_kernel_that_cannot_scale_is_left_alone():
+    assert adapted_varlen(unscaled_varlen) is None
+
+
+def test_under_autocast_every_kernel_gets_the_dtype_that_is_cast_to(monkeypatch):
+    seen = []
+
+    def kernel(query, key, value, *others, **options):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return fake_varlen(query, key, value, *others, **options)
+
+    kernel.__signature__ = inspect.signature(fake_varlen)
+    monkeypatch.setattr("lightning_gym.packed_attention.varlen_kernel", lambda query: adapted_varlen(kernel))
+    query, key, value = heads(12, num_heads=4), heads(12), heads(12).bfloat16()  # float32 norms make float32 queries
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_attention(plain_module(), query, key, value, None, packed_layout=PackedLayout.of((5, 7)))
+    assert seen == [(torch.bfloat16,) * 3]

@@ -178,6 +178,35 @@ def test_mixed_precision_clipping_and_a_scheduler_of_ones_own_work_together(mode
     assert policy.model.dtype == torch.float32
 
 
+class Remembering(FakeEngine):
+    """Keeps what it was started with."""
+
+    def start(self, model):
+        self.started_with = model
+        super().start(model)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", "float32"), ("bf16-true", "bfloat16"), ("bf16-mixed", "bfloat16")]
+)
+def test_the_engine_computes_in_what_the_trainers_forward_computes_in(model_dir, tmp_path, precision, dtype):
+    engine = Remembering(max_model_len=96)
+    policy, *_ = fit(model_dir, tmp_path, engine=engine, trainer={"precision": precision, "max_steps": 1})
+    assert engine.started_with.dtype == dtype
+    assert engine.started_with.trainer_bytes > 3 * policy.model.num_parameters() * policy.model.dtype.itemsize
+
+
+def test_a_float32_head_is_the_policys_and_that_of_its_reference(model_dir):
+    policy = PolicyModule(model_dir, dtype="bfloat16", head_dtype="float32", kl_coefficient=0.1)
+    hidden = torch.ones(1, 32, dtype=torch.bfloat16)
+    assert policy.model.lm_head(hidden).dtype == policy.reference.lm_head(hidden).dtype == torch.float32
+
+
+def test_liger_that_is_not_installed_is_asked_for_by_name(model_dir):
+    with pytest.raises(ConfigError, match=r"lightning-gym\[liger\]"):
+        PolicyModule(model_dir, liger=True)
+
+
 @pytest.mark.usefixtures("varied")
 def test_gradient_checkpointing_changes_no_weight(model_dir, tmp_path):
     ends = []

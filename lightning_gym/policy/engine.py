@@ -50,11 +50,13 @@ class EngineModel:
     path: Path
     """A directory with ``config.json`` and the tokenizer; weights on disk are not read."""
     dtype: str
-    """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+    """That it is to compute in: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
     weights: Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
     """A fresh pass over (Hugging Face name, full tensor) of the policy being trained."""
     device: str = "cpu"
     """The trainer's, as torch writes it: ``"cpu"`` or ``"cuda:1"``."""
+    trainer_bytes: int = 0
+    """What the trainer will still allocate on the device: gradients, optimizer state, activations."""
 
 
 Deliver = Callable[[Generation | BaseException], None]

@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_gym.errors import ConfigError, EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
 from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
+from lightning_gym.policy.vllm_arguments import EngineSettings, engine_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_CPU_KV_CACHE_BYTES = 256 << 20
-_CPU_BATCHED_TOKENS = 8192
 _CLOSE_TIMEOUT_S = 20.0
 
 
@@ -36,10 +34,14 @@ class VLLMEngine:
     Args:
         max_model_len: tokens of context, prompt and generation together.
         max_num_seqs: requests decoded together; more wait in vLLM's queue.
-        kv_cache_memory_bytes: size of the KV cache. ``None``: 256 MiB on CPU; on CUDA vLLM fills
-            `gpu_memory_utilization`.
-        gpu_memory_utilization: vLLM's share of the GPU's *total* memory, weights included. Ignored on CPU.
+        kv_cache_memory_bytes: size of the KV cache. ``None``: 256 MiB on CPU; on CUDA what `max_num_seqs` requests of
+            `max_model_len` need, or what the trainer leaves if that is less, see
+            `lightning_gym.memory_budget.plan_engine`. The budget is logged before the engine is built.
+        gpu_memory_utilization: vLLM's share of the GPU's *total* memory, weights included: vLLM refuses to start if
+            less is free. ``None``: what the budget comes to. Ignored on CPU.
         enforce_eager: no compilation and no CUDA graphs. ``None``: eager on CPU (2 s to start instead of 26 s).
+        head_dtype: ``"float32"`` computes the LM head in float32 whatever the model is, for vLLM that can (0.32, not
+            0.25.1); set `PolicyModule(head_dtype=...)` alike. ``None``: as the model.
         seed: seeds what is not seeded by the request.
         engine_args: further `vllm.EngineArgs` fields, for what has no argument here.
 
@@ -58,24 +60,30 @@ class VLLMEngine:
         max_model_len: int = 4096,
         max_num_seqs: int = 256,
         kv_cache_memory_bytes: int | None = None,
-        gpu_memory_utilization: float = 0.35,
+        gpu_memory_utilization: float | None = None,
         enforce_eager: bool | None = None,
+        head_dtype: str | None = None,
         seed: int = 0,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         self.max_num_seqs = max_num_seqs
-        self._max_model_len = max_model_len
-        self._kv_cache_memory_bytes = kv_cache_memory_bytes
-        self._gpu_memory_utilization = gpu_memory_utilization
-        self._enforce_eager = enforce_eager
-        self._seed = seed
-        self._engine_args = dict(engine_args or {})
-        _refuse_several_ranks(self._engine_args)
+        _refuse_several_ranks(engine_args or {})
+        self._settings = EngineSettings(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
+            head_dtype=head_dtype,
+            seed=seed,
+            engine_args=dict(engine_args or {}),
+        )
 
         self._engine: vllm.LLMEngine
         self._views: WeightViews
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: dict[str, Deliver] = {}
+        self._device = "cpu"
         self._thread: threading.Thread | None = None
         self._running = False
         self._closing = False
@@ -89,7 +97,7 @@ class VLLMEngine:
 
     @property
     def max_model_len(self) -> int:
-        return self._max_model_len
+        return self._settings.max_model_len
 
     def start(self, model: EngineModel) -> None:
         if self._thread is not None and self._thread.is_alive():
@@ -116,11 +124,17 @@ class VLLMEngine:
     def resume(self) -> None:
         if self._weight_version is None:
             raise WeightSyncError("the engine was resumed before its first weight sync")
-        self._call(lambda: self._set_running(True))
+
+        def go() -> None:
+            self._hand_over()
+            self._set_running(True)
+
+        self._call(go)
 
     def pause(self) -> None:
         def stop() -> None:
             self._set_running(False)
+            self._hand_over()
             waiting = dict(self._pending)
             self._abort(list(waiting))
             for deliver in waiting.values():
@@ -147,7 +161,9 @@ class VLLMEngine:
                 raise WeightSyncError(
                     f"weights of version {version} arrived while requests were running; pause the engine first"
                 )
+            self._hand_over()
             write()
+            self._hand_over()
             if not self._engine.reset_prefix_cache():
                 raise WeightSyncError("vLLM kept its prefix cache, so old weights would answer for new ones")
             self._weight_version = version
@@ -216,9 +232,17 @@ class VLLMEngine:
         finally:
             self._bury()
 
+    def _hand_over(self) -> None:
+        """Between trainer and engine nothing may be under way on the device: each computes on a stream of its own."""
+        if self._device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(self._device)
+
     def _build(self, model: EngineModel) -> None:
         from lightning_gym.policy import vllm_private, vllm_weights
 
+        self._device = model.device
         with vllm_private.trainer_world_intact():
             vllm_private.set_environment(model.device)
             import torch
@@ -230,50 +254,18 @@ class VLLMEngine:
             self._owns_process_group = not torch.distributed.is_initialized()
             try:
                 with vllm_weights.loading_from(model.weights):
-                    self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**self._arguments(model)))
+                    self._engine = vllm.LLMEngine.from_engine_args(
+                        vllm.EngineArgs(**engine_arguments(self._settings, model))
+                    )
                 self._views = vllm_weights.WeightViews(self._engine)
             except BaseException:
                 vllm_private.leave_no_groups(owns_process_group=self._owns_process_group)
                 raise
-
-    def _arguments(self, model: EngineModel) -> dict[str, Any]:
-        import torch
-        import vllm
-
-        from lightning_gym.policy.vllm_weights import LOADER
-
-        on_cpu = model.device.startswith("cpu")
-        kv_cache = self._kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None)
-        arguments: dict[str, Any] = {
-            "model": str(model.path),
-            "tokenizer": str(model.path),
-            "load_format": LOADER,
-            "dtype": model.dtype,
-            "max_model_len": self._max_model_len,
-            "max_num_seqs": self.max_num_seqs,
-            "kv_cache_memory_bytes": kv_cache,
-            "enforce_eager": on_cpu if self._enforce_eager is None else self._enforce_eager,
-            "generation_config": "vllm",
-            "logprobs_mode": "processed_logprobs",
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "seed": self._seed,
-        }
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            arguments["distributed_executor_backend"] = "external_launcher"
-        if on_cpu:
-            # vLLM 0.32 takes the random draw of a half-prefilled, seeded request back by the generator's offset, which
-            # CPU generators do not have: prompts are prefilled whole.
-            batched = max(_CPU_BATCHED_TOKENS, self._max_model_len)
-            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": batched}
-        else:
-            # One batch in flight between two steps would read weights while they are being written.
-            arguments |= {"gpu_memory_utilization": self._gpu_memory_utilization, "async_scheduling": False}
-        arguments |= self._engine_args
-        known = {field.name for field in fields(vllm.EngineArgs)}
-        if unknown := sorted(arguments.keys() - known):
-            raise EngineStartError(f"vllm {vllm.__version__} knows no engine argument {', '.join(unknown)}")
-        return arguments
+            try:
+                vllm_private.check_head_dtype(self._engine, self._settings.head_dtype)
+            except BaseException:
+                vllm_private.shut_down(self._engine, owns_process_group=self._owns_process_group)
+                raise
 
     def _drain(self, *, block: bool) -> None:
         """Run what is queued; wait for the first piece if `block`."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightning_gym.errors import EngineStartError
+
 if TYPE_CHECKING:
     from vllm import LLMEngine
 
@@ -39,6 +41,29 @@ def set_environment(device: str) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device.startswith("cpu"):
         os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
+    else:
+        # 0.25.1 v1/worker/gpu/sample/sampler.py asks for FlashInfer's sampler in its constructor, and fails where the
+        # package is missing; with processed logprobs, as here, it is never used (nor in 0.32).
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
+def check_head_dtype(engine: "LLMEngine", wanted: str | None) -> None:
+    """Refuse an engine that computes its LM head in another dtype than it was asked to.
+
+    0.32 ``config/model.py: ModelConfig.head_dtype`` takes it for generation; 0.25.1 warns and takes the model's dtype.
+
+    Raises:
+        EngineStartError: this vLLM does not.
+    """
+    if wanted is None:
+        return
+    config = engine.vllm_config.model_config
+    found = str(getattr(config, "head_dtype", config.dtype)).removeprefix("torch.")
+    if found != wanted:
+        raise EngineStartError(
+            f"this vLLM computes the LM head in {found}, whatever it is asked to; leave head_dtype={wanted!r} out, or "
+            "use vLLM 0.32"
+        )
 
 
 @contextlib.contextmanager
