@@ -43,7 +43,7 @@ class Weight:
             return weight
         for name in self.adapter.active_adapters:
             weight = weight + self.adapter.get_delta_weight(name).detach()
-        return weight
+        return weight.to(self.parameter.dtype)  # PEFT keeps adapters of half-precision models in float32
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gym.errors import WeightSyncError
+from lightning_gym.errors import ConfigError, WeightSyncError
 from lightning_gym.policy.engine import EngineModel, SamplingParams
 from lightning_gym.policy.vllm_engine import VLLMEngine
 from lightning_gym.sync import WeightSync
@@ -181,6 +181,67 @@ def test_a_sync_leaves_the_trainers_random_numbers_alone(started, sync_by):
     state = torch.random.get_rng_state()
     sync_by("copy").sync(0)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# -- LoRA
+
+
+@pytest.fixture(params=["lora", "all linear layers", "rank-stabilised, two adapters"])
+def adapted(started, request):
+    """The started model with PEFT's adapters on it, taken off again afterwards."""
+    import peft
+
+    _, model = started
+    fresh = tiny_model(
+        tiny_tokenizer(), tie_word_embeddings=model.config.tie_word_embeddings, num_layers=2, hidden_size=64
+    )
+    model.load_state_dict(fresh.state_dict())
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_alpha": 16, "init_lora_weights": False}
+    if request.param == "lora":
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], **options))
+    else:
+        options["target_modules"] = "all-linear"
+        options["use_rslora"] = "two" in request.param
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+        if "two" in request.param:
+            wrapped.add_adapter("other", peft.LoraConfig(**options))
+            wrapped.base_model.set_adapter(["default", "other"])
+    yield wrapped
+    wrapped.unload()
+    model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("mode", ["copy", "reload"])
+def test_adapters_reach_the_engine_merged_and_only_their_layers_move_again(started, adapted, mode):
+    engine, model = started
+    exact = next(model.parameters()).dtype == torch.float32
+    frozen = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters() if "lora_" not in name}
+    num_adapted = sum("base_layer" in name for name in frozen)
+    sync = WeightSync(engine, adapted, mode=mode)
+    for version in range(3):
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(1.1)
+        report = sync.sync(version)
+        assert equal(engine.weight_views(), adapted)
+        assert report.canary_diff < (1e-4 if exact else 0.2)
+        whole = len(engine.weight_views())
+        assert report.num_tensors == (num_adapted if version and mode == "copy" else whole)
+    assert any(
+        not torch.equal(engine.weight_views()[name.removeprefix("base_model.model.").replace(".base_layer", "")], value)
+        for name, value in frozen.items()
+        if "base_layer" in name
+    ), "the engine has more than the base"
+    assert all(torch.equal(parameter, frozen[name]) for name, parameter in adapted.named_parameters() if name in frozen)
+
+
+def test_a_model_with_adapters_cannot_be_shared_and_auto_copies(started, adapted):
+    engine, _ = started
+    with pytest.raises(ConfigError, match=r"has a LoRA adapter"):
+        WeightSync(engine, adapted, mode="share")
+    assert WeightSync(engine, adapted).sync(9).mode == "copy"
 
 
 # -- what only vLLM can do wrong
