@@ -160,33 +160,57 @@ class Copy:
     def __init__(self, views: Mapping[str, Tensor]) -> None:
         self._views = views
         self._frozen = _Frozen()
-        self._due: Sequence[Weight] = ()
+        self._planned: tuple[Sequence[Weight], list[bool]] = ((), [])
+        """Weights and which of them train, that the plan was made for."""
+        self._plan = _Plan((), views)
+        self._at_rest: list[Weight] = []
+        self._due: list[_Plan] = []
 
     def begin(self, weights: Sequence[Weight]) -> None:
-        self._due = self._frozen.due(weights)
+        trains = [weight.parameter.requires_grad for weight in weights]
+        if weights is not self._planned[0] or trains != self._planned[1]:
+            self._planned = (weights, trains)
+            self._plan = _Plan([weight for weight in weights if _Frozen.moves(weight)], self._views)
+            self._at_rest = [weight for weight in weights if not _Frozen.moves(weight)]
+        self._due = [self._plan]
+        if due := self._frozen.due(self._at_rest):
+            self._due.append(_Plan(due, self._views))
 
     @torch.no_grad()
     def write(self) -> tuple[int, int]:
         _synchronize()
-        due = self._due
-        small: list[tuple[Tensor, Tensor]] = []
-        large: list[tuple[Tensor, Tensor]] = []
-        for weight in due:
-            view = self._views[weight.name]
-            if weight.adapter is None:
-                is_small = view.nbytes <= _ONE_THREAD_BYTES and view.device.type == "cpu"
-                (small if is_small else large).append((view, weight.parameter))
-        with _one_thread():
-            _copy_all(small)
-        _copy_all(large)
-        for weight in due:
-            if weight.adapter is not None:  # one at a time: a merged weight is a new tensor
-                self._views[weight.name].copy_(weight.tensor())
+        for plan in self._due:
+            plan.write()
         _synchronize()
-        return sum(self._views[weight.name].nbytes for weight in due), len(due)
+        return sum(plan.num_bytes for plan in self._due), sum(plan.num_tensors for plan in self._due)
 
     def abstain(self) -> None:
         """Nothing is gathered: every rank holds all of it."""
+
+
+class _Plan:
+    """Which tensor goes where, worked out once.
+
+    Args:
+        weights: to be written.
+        views: of the engine.
+    """
+
+    def __init__(self, weights: Sequence[Weight], views: Mapping[str, Tensor]) -> None:
+        pairs = [(views[weight.name], weight.parameter) for weight in weights if weight.adapter is None]
+        small = [view.nbytes <= _ONE_THREAD_BYTES and view.device.type == "cpu" for view, _ in pairs]
+        self._small = [pair for pair, is_small in zip(pairs, small, strict=True) if is_small]
+        self._large = [pair for pair, is_small in zip(pairs, small, strict=True) if not is_small]
+        self._adapted = [(views[weight.name], weight) for weight in weights if weight.adapter is not None]
+        self.num_tensors = len(weights)
+        self.num_bytes = sum(views[weight.name].nbytes for weight in weights)
+
+    def write(self) -> None:
+        with _one_thread():
+            _copy_all(self._small)
+        _copy_all(self._large)
+        for view, weight in self._adapted:  # one at a time: a merged weight is a new tensor
+            view.copy_(weight.tensor())
 
 
 class GatheredCopy:
@@ -248,13 +272,16 @@ class _Frozen:
         self._written: dict[str, tuple[int, int]] = {}
         """Address and version counter at which a frozen parameter was last written."""
 
+    @staticmethod
+    def moves(weight: Weight) -> bool:
+        """Whether training moves it; of an adapted layer the base rests, and the sum moves."""
+        return weight.parameter.requires_grad or weight.adapter is not None
+
     def due(self, weights: Sequence[Weight]) -> list[Weight]:
-        """Weights that have to be written; a frozen one is once, and again after a change in place."""
-        return [weight for weight in weights if weight.parameter.requires_grad or self._is_due(weight)]
+        """Weights that have to be written; one at rest is once, and again after a change in place."""
+        return [weight for weight in weights if self.moves(weight) or self._is_due(weight)]
 
     def _is_due(self, weight: Weight) -> bool:
-        if weight.adapter is not None:
-            return True
         state = (weight.parameter.data_ptr(), weight.parameter._version)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         if self._written.get(weight.name) == state:
             return False

@@ -22,7 +22,7 @@ from lightning_gym.manifest import Manifest
 from lightning_gym.policy.engine import Engine
 from lightning_gym.ranks import Ranks
 from lightning_gym.sharding import is_sharded
-from lightning_gym.weights import Weight, weights
+from lightning_gym.weights import Inventory, Weight
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ class WeightSync:
         self._is_sharded = is_sharded(model)
         self._mode: SyncMode = mode
         self._views, no_views = _views_of(engine)
-        held = list(weights(model))
+        self._inventory = Inventory(model)
+        held = self._known = self._inventory.look()
         self._manifest = Manifest(held, self._views)
         self._canary = Canary(engine, model)
         self._rung = self._choose(held, no_views, max_lag)
@@ -92,8 +93,10 @@ class WeightSync:
             RuntimeError: that happened on another rank.
         """
         start = time.perf_counter()
-        held = list(weights(self._model))
-        self._manifest.check_trainer(held)
+        held = self._inventory.look()
+        if held is not self._known:
+            self._manifest.check_trainer(held)
+            self._known = held
         self._keep_shared(held)
         written = (0, 0)
 
@@ -106,7 +109,8 @@ class WeightSync:
         self._rung.begin(held)
         with self._together():
             self._engine.update_weights(write, version=version)
-        self._stamp = _stamp(held)
+        if isinstance(self._rung, Share):
+            self._stamp = _stamp(held)
         handed_over = time.perf_counter()
         difference = self._canary.check(self._engine_dtype(), version=version)
         done = time.perf_counter()
@@ -139,7 +143,7 @@ class WeightSync:
         Raises:
             WeightSyncError: an optimizer stepped while a collection was open, or before the step was synced.
         """
-        if isinstance(self._rung, Share) and _stamp(list(weights(self._model))) != self._stamp:
+        if isinstance(self._rung, Share) and _stamp(self._inventory.look()) != self._stamp:
             raise WeightSyncError(
                 "the engine shares the trainer's weights, and they changed after version "
                 f"{self._engine.weight_version} was synced: something trains while the engine samples, or samples "
@@ -149,7 +153,7 @@ class WeightSync:
     def close(self) -> None:
         """Leave the model with tensors of its own; call it when the engine is gone."""
         if isinstance(self._rung, Share):
-            self._rung.release(list(weights(self._model)))
+            self._rung.release(self._inventory.look())
 
     def _choose(self, held: Sequence[Weight], no_views: str | None, max_lag: int) -> Rung:
         refused: dict[SyncMode, str] = {}

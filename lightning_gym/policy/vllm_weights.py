@@ -117,8 +117,8 @@ class WeightViews:
     def __init__(self, engine: "LLMEngine") -> None:
         self._engine = engine
         self._views: Mapping[str, torch.Tensor] | None = None
-        self._modules: list[tuple[torch.nn.Module, str]] = []
-        """Where each parameter is found: the module, its name there."""
+        self._places: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
+        """Where each parameter is found: its module's parameters, its name among them, the module's attributes."""
         self._found: tuple[list[int], list[Any]] = ([], [])
 
     def look(self) -> Mapping[str, torch.Tensor]:
@@ -130,7 +130,7 @@ class WeightViews:
         if self._views is None or self._find() != self._found:
             if (reason := _views_refusal(self._engine)) is not None:
                 raise WeightSyncError(reason)
-            self._views, self._modules = None, []  # a walk that fails half-way leaves nothing to trust
+            self._views, self._places = None, []  # a walk that fails half-way leaves nothing to trust
             views = MappingProxyType(dict(self._walk()))
             self._views, self._found = views, self._find()
         return self._views
@@ -138,8 +138,8 @@ class WeightViews:
     def _find(self) -> tuple[list[int], list[Any]]:
         """Where the parameters lie, and which objects multiply by them on CPU."""
         with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameter class costs microseconds a call
-            addresses = [module._parameters[name].data_ptr() for module, name in self._modules]  # type: ignore[union-attr]
-        return addresses, [module.__dict__.get("cpu_linear") for module, _ in self._modules]
+            addresses = [parameters[name].data_ptr() for parameters, name, _ in self._places]
+        return addresses, [attributes.get("cpu_linear") for _, _, attributes in self._places]
 
     def _walk(self) -> Iterable[tuple[str, torch.Tensor]]:
         model = driver_model(self._engine)
@@ -151,7 +151,7 @@ class WeightViews:
                 linear = module.__dict__.get("cpu_linear") if name == "weight" else None
                 if linear is not None and not (isinstance(linear, _LiveLinear) and linear.reads(tensor)):
                     raise WeightSyncError(f"vLLM computes {module_name} with a private copy of its {name}")
-                self._modules.append((module, name))
+                self._places.append((module._parameters, name, module.__dict__))
                 key = (tensor.data_ptr(), tensor.shape)
                 if key in seen:  # tied: the same storage under a second name
                     continue
