@@ -3,6 +3,7 @@
 #   make demo [SEED=0]   train a tiny policy end to end on this machine's CPU
 #   make test            set up both environments and run the suite   (test-fast: no vLLM, no Gym; test-full: all of it)
 #   make check           formatter, linter and type checker
+#   make mutants         put faults into copies of the code, and see the tests catch them (MUTANTS="splice: ..." for some)
 #   make docs  bench  setup  setup-gym  clean
 
 SHELL := bash
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 
 SEED ?= 0
 PYTEST_ARGS ?=
+MUTANTS ?=
 
 # The one address that may be needed beside pip's own configuration: PyPI carries no CPU build of torch.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -60,7 +62,7 @@ make_venv = test -x $(1)/bin/python || { \
     "$$python" -m venv $(1); \
   }
 
-.PHONY: help setup setup-gym demo test test-fast test-full check docs bench clean
+.PHONY: help setup setup-gym demo test test-fast test-full mutants check docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -114,6 +116,9 @@ test: $(READY) $(if $(shell grep -rlE 'mark[.]gym' tests),$(READY_GYM))
 
 test-full: $(READY) $(READY_GYM)
 	@$(VENV)/bin/python -m pytest -m "" $(PYTEST_ARGS)
+
+mutants: $(READY)
+	@$(VENV)/bin/python -m tests.mutants $(MUTANTS)
 
 check: $(READY)
 	@$(VENV)/bin/ruff format --check --quiet .

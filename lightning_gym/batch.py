@@ -5,7 +5,8 @@ position 0 of a sequence never trains. The shift by one (logits at t - 1 predict
 `lightning_gym.logprobs` and nowhere else.
 """
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,9 @@ from lightning_gym.errors import AlignmentError, ConfigError
 from lightning_gym.packing import ATTENTION_PARITY, Piece, rows_of_pieces
 from lightning_gym.trajectory import Trajectory
 
-Aggregation = Literal["token_mean", "rollout_mean", "rollout_sum", "constant"]
+Aggregation = Literal[
+    "token_mean", "rollout_mean", "rollout_sum", "prompt_mean", "sequence_mean", "sequence_sum", "constant"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +130,20 @@ class StepTotals:
     num_tokens: int
     """That train."""
     num_rollouts: int
+    num_sequences: int
+    """Segments of rollouts."""
+    num_prompts: int
+    """Groups; each is whole on one rank."""
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> "StepTotals":
         """The totals of one rank."""
-        rollouts = {trajectory.rollout_id for trajectory in trajectories}
-        return cls(num_tokens=sum(t.num_trained for t in trajectories), num_rollouts=len(rollouts))
+        return cls(
+            num_tokens=sum(trajectory.num_trained for trajectory in trajectories),
+            num_rollouts=len({trajectory.rollout_id for trajectory in trajectories}),
+            num_sequences=len(trajectories),
+            num_prompts=len({trajectory.group_id for trajectory in trajectories}),
+        )
 
 
 def loss_weights(
@@ -148,8 +159,10 @@ def loss_weights(
         trajectories: this rank's of one optimizer step.
         aggregation: ``token_mean``: every trained token counts the same, 1 / N (DAPO). ``rollout_mean``: every
             rollout counts the same whatever its length, 1 / (R n_r), where n_r counts the trained tokens of all its
-            segments (GRPO). ``rollout_sum``: 1 / R a token. ``constant``: 1 / (R L) with L = `constant_length`
-            (Dr. GRPO).
+            segments (GRPO). ``rollout_sum``: 1 / R a token. ``prompt_mean``: every group counts the same, 1 / (P n_p)
+            (ScaleRL). ``sequence_mean`` and ``sequence_sum``: 1 / (S n_s) and 1 / S, by segments: as ``rollout_mean``
+            and ``rollout_sum``, but a rollout that was cut into three has three votes. ``constant``: 1 / (R L) with
+            L = `constant_length` (Dr. GRPO).
         constant_length: for ``constant``.
         totals: over all ranks; ``None``: there is one.
 
@@ -166,26 +179,37 @@ def loss_weights(
         >>> [round(w, 3) for w in loss_weights(pair, aggregation="rollout_mean")]
         [0.167, 0.5]
     """
-    per_rollout: dict[str, int] = {}
-    for trajectory in trajectories:
-        per_rollout[trajectory.rollout_id] = per_rollout.get(trajectory.rollout_id, 0) + trajectory.num_trained
     totals = totals or StepTotals.of(trajectories)
-    num_tokens, num_rollouts = totals.num_tokens, totals.num_rollouts
-    if trajectories and not num_tokens:
+    if trajectories and not totals.num_tokens:
         raise AlignmentError(f"none of the {len(trajectories)} trajectories of this step has a token that trains")
     match aggregation:
-        case "token_mean":
-            return [1 / num_tokens for _ in trajectories]
         case "rollout_mean":
-            return [1 / (num_rollouts * max(1, per_rollout[t.rollout_id])) for t in trajectories]
+            return _of_means(trajectories, [t.rollout_id for t in trajectories], totals.num_rollouts)
+        case "prompt_mean":
+            return _of_means(trajectories, [t.group_id for t in trajectories], totals.num_prompts)
+        case "sequence_mean":
+            return _of_means(trajectories, range(len(trajectories)), totals.num_sequences)
+        case "token_mean":
+            divisor = totals.num_tokens
         case "rollout_sum":
-            return [1 / num_rollouts for _ in trajectories]
+            divisor = totals.num_rollouts
+        case "sequence_sum":
+            divisor = totals.num_sequences
         case "constant":
             if not constant_length:
                 raise ConfigError(
                     "aggregation='constant' needs constant_length, the fixed number of tokens a rollout is divided by"
                 )
-            return [1 / (num_rollouts * constant_length) for _ in trajectories]
+            divisor = totals.num_rollouts * constant_length
+    return [1 / divisor for _ in trajectories]
+
+
+def _of_means(trajectories: Sequence[Trajectory], voters: Sequence[Hashable], num_voters: int) -> list[float]:
+    """1 / (`num_voters` x the trained tokens of the trajectory's voter)."""
+    counts: collections.Counter[Hashable] = collections.Counter()
+    for trajectory, voter in zip(trajectories, voters, strict=True):
+        counts[voter] += trajectory.num_trained
+    return [1 / (num_voters * max(1, counts[voter])) for voter in voters]
 
 
 def pack_window(

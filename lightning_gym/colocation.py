@@ -32,7 +32,7 @@ from lightning_gym.policy.engine import Engine, EngineModel
 from lightning_gym.policy.ledger import Ledger, Profile
 from lightning_gym.policy.parsers import BUILTIN
 from lightning_gym.policy.service import PolicyService
-from lightning_gym.policy_checks import check_no_dropout, check_vocabulary
+from lightning_gym.policy_checks import check_adapters, check_no_dropout, check_vocabulary
 from lightning_gym.ranks import Ranks
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.sync import SyncReport, WeightSync
@@ -129,9 +129,9 @@ class Colocation:
             max_tokens_per_micro_batch: packed tokens whose activations will live beside the engine.
 
         Raises:
-            ConfigError: the model mixes packed sequences, has dropout, has fewer rows than the tokenizer ids, or cannot
-                be synced in this mode; the chat template, the port, a task's agent, or ``max_model_len`` against a
-                task's prompt.
+            ConfigError: the model mixes packed sequences, has dropout, an adapter that cannot be merged, or fewer rows
+                than the tokenizer ids, or cannot be synced in this mode; the chat template, the port, a task's agent,
+                or ``max_model_len`` against a task's prompt.
             EngineStartError: the engine could not be built.
             GymStartError: Gym did not come up.
         """
@@ -139,6 +139,7 @@ class Colocation:
         use_packed_attention(model)
         check_packing(model)
         check_no_dropout(model)
+        check_adapters(model)
         service = PolicyService(
             self._engine,
             model_path,

@@ -85,6 +85,11 @@ class WindowSettings:
                 f"overlong_max_tokens is {limit} and overlong_buffer_tokens {buffer}; expected both, and the buffer "
                 "between 1 and the maximum"
             )
+        if self.reward_weights is not None:
+            raise ConfigError(
+                "the penalty of overlong_max_tokens is no part of the components that reward_weights compares; leave "
+                "one of the two out, or let the environment return the length as a component"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -178,3 +178,13 @@ def head_size(head: nn.Module) -> int:
     """Logits a position."""
     size = getattr(head, "out_features", None)
     return int(size if size is not None else head.weight.shape[0])  # type: ignore[union-attr,index]
+
+
+def embedding_rows(model: nn.Module) -> int | None:
+    """Ids that `model` embeds, if it tells; a LoRA layer around the embedding does not by the usual name."""
+    find: Callable[[], Any] | None = getattr(model, "get_input_embeddings", None)
+    if find is None:
+        return None
+    embedding = find()
+    rows = getattr(embedding, "num_embeddings", None)
+    return int(rows if rows is not None else embedding.weight.shape[0])

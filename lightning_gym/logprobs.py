@@ -21,6 +21,7 @@ from lightning_gym.lm_head import (
     caught_head,
     check_after_head,
     chunked_scores,
+    embedding_rows,
     head_of,
     head_size,
     token_scores,
@@ -186,12 +187,12 @@ def _check(model: nn.Module, batch: TrajectoryBatch) -> None:
         raise AlignmentError(f"expected one packed row, got input_ids of shape {tuple(batch.input_ids.shape)}")
     if (batch.loss_mask & (batch.position_ids == 0)).any():
         raise AlignmentError("the first token of a sequence trains, but nothing before it predicts it")
-    find: Callable[[], nn.Embedding] | None = getattr(model, "get_input_embeddings", None)
-    if find:
-        vocab_size, low, high = find().num_embeddings, batch.input_ids.min().item(), batch.input_ids.max().item()
-        if low < 0 or high >= vocab_size:
+    rows = embedding_rows(model)
+    if rows is not None:
+        low, high = int(batch.input_ids.min()), int(batch.input_ids.max())
+        if low < 0 or high >= rows:
             raise AlignmentError(
-                f"a batch has token id {low if low < 0 else high}, but the model embeds ids 0 to {vocab_size - 1}; "
+                f"a batch has token id {low if low < 0 else high}, but the model embeds ids 0 to {rows - 1}; "
                 "tokenizer and model do not belong together, or tokens were added without resize_token_embeddings"
             )
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]
 
 from lightning_gym.errors import ConfigError
+from lightning_gym.lm_head import embedding_rows
 from lightning_gym.rollout import SamplingProfile
 
 
@@ -37,13 +38,34 @@ def check_vocabulary(model: nn.Module, num_ids: int) -> None:
     Raises:
         ConfigError: says both sizes.
     """
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  every PreTrainedModel has it
-    rows: int = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-    if num_ids > rows:
+    rows = embedding_rows(model)
+    if rows is not None and num_ids > rows:
         raise ConfigError(
             f"the tokenizer has ids up to {num_ids - 1}, and the model's embedding has {rows} rows: they are of "
             "different models, or tokens were added without model.resize_token_embeddings(len(tokenizer))"
         )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse a PEFT model whose adapters are more than a delta that is added to weights of the base.
+
+    The engine holds one tensor where the trainer holds a base and an adapter.
+
+    Raises:
+        ConfigError: another method than LoRA, or one of LoRA's variants (DoRA); names it.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != "LORA":
+            raise ConfigError(f"the policy's adapter is of the kind {kind}; only LORA can be merged into the engine")
+    for name, module in model.named_modules():
+        variants: dict[str, Any] = getattr(module, "lora_variant", None) or {}
+        if variants:
+            kind = type(next(iter(variants.values()))).__name__
+            raise ConfigError(
+                f"{name} has a variant of LoRA ({kind}) that is no sum of base and delta, so that the engine cannot "
+                "hold it as one weight; make the adapter without it (use_dora=False, ...)"
+            )
 
 
 def check_sampling(profile: SamplingProfile, *, corrected: bool) -> None:

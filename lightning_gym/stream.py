@@ -3,7 +3,7 @@
 import collections
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 
 from lightning_gym import metrics
 from lightning_gym.batch import StepTotals, TrajectoryBatch, loss_weights, pack_window
@@ -224,8 +224,9 @@ class _Window:
 
 
 def _over_ranks(totals: StepTotals, ranks: Ranks) -> StepTotals:
-    num_tokens, num_rollouts = ranks.sums(astuple(totals))
-    return StepTotals(num_tokens=round(num_tokens), num_rollouts=round(num_rollouts))
+    names = [field.name for field in fields(totals)]
+    sums = ranks.sums([getattr(totals, name) for name in names])
+    return StepTotals(**{name: round(value) for name, value in zip(names, sums, strict=True)})
 
 
 def _nothing_to_train(outcomes: Sequence[Outcome], settings: WindowSettings, needed: int) -> str:

@@ -15,7 +15,14 @@ _WRAPPERS = {"_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsd
 """Attributes under which torch.compile, Fabric, activation checkpointing and FSDP1 keep the module they wrap."""
 _LEADING_WRAPPERS = ("module.", "base_model.model.")
 """DDP's and PEFT's, which stand in front only; a model may have parts called ``module`` of its own."""
-_ADAPTER_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
+_ADAPTER_PARTS = {
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "original_module",
+}
 
 
 @dataclass(slots=True)
@@ -142,6 +149,8 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _place(raw: str) -> tuple[str, str | None] | None:
     """The checkpoint's name of a module's tensor, and the path of the LoRA layer around it; ``None`` for adapters.
 
+    Of a part that PEFT trains whole, in ``modules_to_save``, its tensor takes the place of the ``original_module``'s.
+
     Example:
         >>> _place("module._orig_mod.model.norm.weight")
         ('model.norm.weight', None)
@@ -149,10 +158,15 @@ def _place(raw: str) -> tuple[str, str | None] | None:
         ('lm_head.weight', 'base_model.model.lm_head')
         >>> _place("base_model.model.lm_head.lora_A.default.weight") is None
         True
+        >>> _place("base_model.model.lm_head.modules_to_save.default.weight")
+        ('lm_head.weight', None)
     """
     parts = raw.split(".")
     if _ADAPTER_PARTS.intersection(parts):
         return None
+    if "modules_to_save" in parts:  # followed by the adapter's name
+        start = parts.index("modules_to_save")
+        del parts[start : start + 2]
     adapted = ".".join(parts[:-2]) if parts[-2:] == ["base_layer", "weight"] else None
     name = ".".join(part for part in parts if part not in _WRAPPERS and part != "base_layer")
     while name.startswith(_LEADING_WRAPPERS):

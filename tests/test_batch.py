@@ -1,5 +1,7 @@
 """Windows: weights that make one weighted sum the wanted mean, and packing that loses and invents nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from lightning_gym.batch import TrajectoryBatch, loss_weights, pack_window
 from lightning_gym.errors import AlignmentError, ConfigError
 from lightning_gym.testing import tiny_batch, tiny_trajectory
 
-AGGREGATIONS = ["token_mean", "rollout_mean", "rollout_sum", "constant"]
+OF_ROLLOUTS = ["token_mean", "rollout_mean", "rollout_sum", "prompt_mean", "constant"]
+AGGREGATIONS = [*OF_ROLLOUTS, "sequence_mean", "sequence_sum"]
 
 
 def window(lengths, *, num_micro_batches=1, ceiling=10_000, aggregation="token_mean", **changes):
@@ -45,6 +48,9 @@ def weighted_sum(segments, values, aggregation):
         ("rollout_mean", ((3 * 1 + 5) / 4 + 3) / 2),
         ("rollout_sum", (3 * 1 + 5 + 2 * 3) / 2),
         ("constant", (3 * 1 + 5 + 2 * 3) / (2 * 10)),
+        ("prompt_mean", (3 * 1 + 5 + 2 * 3) / 6),
+        ("sequence_mean", (1 + 5 + 3) / 3),
+        ("sequence_sum", (3 * 1 + 5 + 2 * 3) / 3),
     ],
 )
 def test_a_weighted_sum_is_the_wanted_mean_and_segments_of_a_rollout_are_one_vote(aggregation, expected):
@@ -54,6 +60,13 @@ def test_a_weighted_sum_is_the_wanted_mean_and_segments_of_a_rollout_are_one_vot
         tiny_trajectory(num_trained=2, rollout_id="b"),
     ]
     assert weighted_sum(segments, [1, 5, 3], aggregation) == pytest.approx(expected)
+
+
+def test_with_the_mean_of_prompts_a_long_winded_group_counts_as_much_as_a_short_one():
+    long = [replace(tiny_trajectory(num_trained=n, rollout_id=f"long{n}"), group_id=0) for n in (30, 10)]
+    short = [replace(tiny_trajectory(num_trained=n, rollout_id=f"short{n}"), group_id=1) for n in (1, 3)]
+    found = weighted_sum([*long, *short], [2, 6, 4, 8], "prompt_mean")
+    assert found == pytest.approx(((30 * 2 + 10 * 6) / 40 + (1 * 4 + 3 * 8) / 4) / 2)
 
 
 counts = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=3), min_size=1, max_size=8)
@@ -80,7 +93,7 @@ def test_doubling_every_rollout_changes_no_mean(rollouts, aggregation):
 def test_a_rollout_cut_into_segments_counts_as_much_as_one_in_one_piece(rollouts):
     cut = [tiny_trajectory(num_trained=n, rollout_id=str(i)) for i, parts in enumerate(rollouts) for n in parts]
     whole = [tiny_trajectory(num_trained=sum(parts), rollout_id=str(i)) for i, parts in enumerate(rollouts)]
-    for aggregation in AGGREGATIONS:
+    for aggregation in OF_ROLLOUTS:
         values = [float(segment.rollout_id) for segment in cut]
         assert weighted_sum(cut, values, aggregation) == pytest.approx(
             weighted_sum(whole, [float(i) for i in range(len(rollouts))], aggregation)
@@ -89,7 +102,7 @@ def test_a_rollout_cut_into_segments_counts_as_much_as_one_in_one_piece(rollouts
 
 def test_weights_of_a_mean_sum_to_one():
     segments = [tiny_trajectory(num_trained=n, rollout_id=str(n)) for n in (1, 2, 5)]
-    for aggregation in ("token_mean", "rollout_mean"):
+    for aggregation in ("token_mean", "rollout_mean", "prompt_mean", "sequence_mean"):
         assert weighted_sum(segments, [1, 1, 1], aggregation) == pytest.approx(1)
 
 
@@ -183,7 +196,7 @@ def test_a_rank_without_trajectories_gets_fillers_only():
 
 
 def test_a_rank_without_trajectories_needs_no_totals_to_have_no_weights():
-    assert [loss_weights([], aggregation=aggregation, constant_length=1) for aggregation in AGGREGATIONS] == [[]] * 4
+    assert [loss_weights([], aggregation=aggregation, constant_length=1) for aggregation in AGGREGATIONS] == [[]] * 7
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -26,6 +26,13 @@ def test_a_failed_member_is_in_neither_baseline_nor_loss_and_its_group_goes_on()
     assert found.advantages == {"0.0": -0.5, "0.1": 0.5}
 
 
+def test_every_group_gets_its_own_advantages_in_whatever_order_its_members_come():
+    outcomes = [*group(0, [0.0, 1.0, 5.0]), *group(1, [3.0, 1.0, 2.0]), *group(2, [0.0, 0.0, 9.0])]
+    expected = {"0.0": -2, "0.1": -1, "0.2": 3, "1.0": 1, "1.1": -1, "1.2": 0, "2.0": -3, "2.1": -3, "2.2": 6}
+    assert compare(outcomes, settings()).advantages == expected
+    assert compare(outcomes[::-1], settings()).advantages == expected
+
+
 def test_a_masked_member_counts_as_little_as_a_failed_one():
     masked = tiny_outcome(group_id=0, attempt=2, reward=99.0, masked=True)
     assert compare([*group(0, [0.0, 1.0]), masked], settings()).advantages == {"0.0": -0.5, "0.1": 0.5}
@@ -90,6 +97,10 @@ def test_a_reward_that_is_not_finite_is_refused():
         ({"reward_weights": {"a": 1.0}, "advantage_scale": "group_std"}, "leave one of the two out"),
         ({"overlong_max_tokens": 10}, "expected both"),
         ({"overlong_max_tokens": 10, "overlong_buffer_tokens": 11}, "between 1 and the maximum"),
+        (
+            {"reward_weights": {"a": 1.0}, "overlong_max_tokens": 10, "overlong_buffer_tokens": 5},
+            "no part of the components",
+        ),
         ({"aggregation": "constant"}, "needs constant_length"),
         ({"constant_length": 5}, "no other takes it"),
     ],

@@ -7,9 +7,10 @@ can be tried.
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gym.batch import StepTotals, loss_weights, pack_window
+from lightning_gym.batch import Aggregation, StepTotals, loss_weights, pack_window
 from lightning_gym.corrections import CORRECTIONS, token_tis
 from lightning_gym.losses import LOSSES, grpo
 from lightning_gym.penalties import entropy_bonus, kl_in_reward, kl_penalty
@@ -25,7 +26,8 @@ from lightning_gym.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 7
-AGGREGATIONS = ["token_mean", "rollout_mean", "rollout_sum", "constant"]
+AGGREGATIONS = get_args(Aggregation)
+COUNTED = [field.name for field in fields(StepTotals)]
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
 
 
@@ -116,9 +118,7 @@ def gradient(objective, of_ranks, advantages, *, aggregation, num_micro_batches,
     """What DDP and accumulation leave: the mean over ranks of the sum over micro-batches of their mean loss."""
     leaf = table(0, dtype).requires_grad_()
     parts = [StepTotals.of(segments) for segments in of_ranks]
-    totals = StepTotals(
-        num_tokens=sum(part.num_tokens for part in parts), num_rollouts=sum(part.num_rollouts for part in parts)
-    )
+    totals = StepTotals(**{name: sum(getattr(part, name) for part in parts) for name in COUNTED})
     for segments in of_ranks:
         weights = loss_weights(
             segments,
@@ -244,9 +244,9 @@ of_ranks = properties.by_rank(segments, size, rng)
 if size > 2:
     of_ranks = [of_ranks[0] + of_ranks[2], of_ranks[1], []]  # a rank without a rollout
 own = properties.StepTotals.of(of_ranks[rank])
-sums = torch.tensor([own.num_tokens, own.num_rollouts])
+sums = torch.tensor([getattr(own, name) for name in properties.COUNTED])
 dist.all_reduce(sums)
-totals = properties.StepTotals(num_tokens=int(sums[0]), num_rollouts=int(sums[1]))
+totals = properties.StepTotals(**dict(zip(properties.COUNTED, sums.tolist(), strict=True)))
 
 
 def error(objective, aggregation, dtype):

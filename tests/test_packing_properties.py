@@ -1,6 +1,7 @@
 """Packing: nothing is lost, nothing moves off its token, and no gradient depends on how a step is split."""
 
 import copy
+from typing import get_args
 from zlib import crc32
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_gym.batch import StepTotals, loss_weights, pack_window
+from lightning_gym.batch import Aggregation, StepTotals, loss_weights, pack_window
 from lightning_gym.errors import ConfigError
 from lightning_gym.logprobs import token_logprobs, use_padded_rows
 from lightning_gym.losses import grpo, reinforce
@@ -21,7 +22,7 @@ from lightning_gym.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-AGGREGATIONS = ["token_mean", "rollout_mean", "rollout_sum", "constant"]
+AGGREGATIONS = get_args(Aggregation)
 ROOMY = 10_000
 
 
