@@ -122,7 +122,8 @@ def read_rollout_log(path: Path) -> tuple[Path, Iterator[dict[str, Any]]]:
     """The model path of a log, and its rollouts one by one.
 
     Raises:
-        ConfigError: there is no such file, or it is not a rollout log.
+        ConfigError: there is no such file, or it is not a rollout log; while the rollouts are read, at a line that is
+            damaged or cut off.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; a run writes `rollouts.jsonl` into its output directory")
@@ -147,5 +148,11 @@ def _header(line: str) -> dict[str, Any]:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         next(file)
-        for line in file:
-            yield json.loads(line)
+        for number, line in enumerate(file, start=2):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{path}, line {number}: {error}; the run was ended while it wrote, or the file was damaged. "
+                    "`lightning-gym report` leaves such lines out"
+                ) from error

@@ -116,3 +116,13 @@ def test_another_file_is_refused_by_its_first_line(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist"):
         read_rollout_log(tmp_path / "gone.jsonl")
+
+
+def test_rollouts_before_a_line_that_was_cut_off_are_read_and_the_line_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    written(path, (0, [rollout("a"), rollout("b")], {}, {}))
+    path.write_bytes(path.read_bytes()[:-9])
+    _, lines = read_rollout_log(path)
+    assert next(lines)["rollout_id"] == "a"
+    with pytest.raises(ConfigError, match=r"log\.jsonl, line 3: .*lightning-gym report"):
+        next(lines)

@@ -150,7 +150,7 @@ function summaryTiles() {
     tile("Reward", `${short(first)} → ${short(last)}`, predicted === undefined || predicted === null ? "first step → mean of last 10" : `predicted start ${short(predicted)}`),
     tile("Optimizer steps", short(steps), RUN.summary ? "finished" : "no summary"),
     tile("Rollouts", short(summary.rollouts ?? RUN.num_rollouts), `${short(RUN.rollouts.length)} in this file`),
-    tile("Largest logprob gap", short(gap, 3), "nats, a token", gap > 0.1),
+    tile("Logprob gap", short(gap, 3), "largest, in nats", gap > 0.1),
     tile("Misaligned", short(misaligned), misaligned ? "rollouts, not trained on" : "none", misaligned > 0),
     tile("Dropped", short(dropped), dropped ? "rollouts, not trained on" : "none", dropped > 0),
     summary.train_seconds !== undefined && timeTile(summary),

@@ -132,6 +132,7 @@ function start() {
   if (asked) list.select(asked);
   showTab(tabs.includes(name) ? name : RUN.metrics === null && RUN.rollouts.length ? "rollouts" : "curves");
   if (asked) enter(true);
+  document.body.classList.add("ready");
   performance.mark("report-ready");
 }
 

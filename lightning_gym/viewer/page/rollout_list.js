@@ -129,7 +129,7 @@ class RolloutList {
         "aria-label": `step ${one.step}, group ${one.group}, attempt ${one.attempt}, reward ${short(one.reward)}, advantage ${signed(one.advantage)}`,
         data: { index: one.index },
       },
-      el("span", { className: "muted attempt" }, filter.sort === "step" ? `#${one.attempt}` : `${one.step} · ${one.group} #${one.attempt}`),
+      el("span", { className: filter.sort === "step" ? "muted attempt" : "muted attempt full" }, filter.sort === "step" ? `#${one.attempt}` : `${one.step} · ${one.group} #${one.attempt}`),
       el("span", { className: "meter" }, one.reward !== null && el("i", { style: { width: `${this.height(one.reward)}%` } })),
       el("span", { className: "num reward" }, one.reward === null ? "–" : short(one.reward, 3)),
       el("span", { className: "num advantage muted", title: "advantage" }, signed(one.advantage)),

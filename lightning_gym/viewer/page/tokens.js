@@ -1,6 +1,10 @@
 // A rollout's tokens by turns. Tokens become elements when they come near the view: a rollout may have 100,000.
 
-const CHUNK = 400; // tokens that are drawn at once
+const CHUNK = 400; // about as many tokens are drawn together
+const DRAWN_AT_ONCE = 6; // chunks that do not wait for the reader to come near
+const LINE = 21; // pixels, as in page.css
+const CHARACTER = 7.53; // pixels, about
+const GUTTER = 150;
 const FOLD_ABOVE = 800; // a longer context shows its beginning and its end
 const FOLD_HEAD = 160;
 const FOLD_TAIL = 320;
@@ -9,6 +13,7 @@ class TokenView {
   constructor(rollout, scroller) {
     this.rollout = rollout;
     this.chunks = [];
+    this.columns = Math.max(20, Math.floor((scroller.clientWidth - GUTTER) / CHARACTER));
     this.here = null;
     this.watcher = new IntersectionObserver(
       (seen) => seen.filter((one) => one.isIntersecting).forEach((one) => this.fill(this.chunks[one.target.dataset.chunk])),
@@ -63,6 +68,7 @@ class TokenView {
       const middle = el("div", { className: "middle" });
       const open = el("button", { className: "fold" }, `… ${short(to - from)} more tokens of context`);
       const unfold = () => {
+        if (!open.isConnected) return;
         open.remove();
         middle.append(...this.pieces(segment, s, from, to));
       };
@@ -86,23 +92,33 @@ class TokenView {
     );
   }
 
-  /** Empty chunks that will hold tokens `start` to `end`. */
+  /** Blocks that hold, or will hold, tokens `start` to `end`. */
   pieces(segment, s, start, end) {
+    const { index } = unpacked(segment);
     const found = [];
-    for (let from = start; from < end; from += CHUNK) {
-      const to = Math.min(end, from + CHUNK);
-      const node = el("span", { className: "chunk", data: { chunk: this.chunks.length } });
+    for (let from = start; from < end; ) {
+      const [to, height] = this.cut(index, from, end);
+      const node = el("div", { className: "chunk", data: { chunk: this.chunks.length } });
       const chunk = { segment, s, start: from, end: to, node };
       this.chunks.push(chunk);
-      if (this.chunks.length <= 6) this.fill(chunk);
+      if (this.chunks.length <= DRAWN_AT_ONCE) this.fill(chunk);
       else {
-        node.classList.add("waiting"); // about the height it will have: five characters a token, ninety a line
-        node.style.height = `${Math.ceil(((to - from) * 5) / 90) * 21}px`;
+        node.style.height = `${height}px`;
         this.watcher.observe(node);
       }
       found.push(node);
+      from = to;
     }
     return found;
+  }
+
+  /** Where a block that begins at `from` ends, behind a line's end where there is one, and about how high it will be. */
+  cut(index, from, end) {
+    const words = texts(index, from, Math.min(end, from + 2 * CHUNK));
+    let length = words.length <= CHUNK ? words.length : words.findIndex((word, i) => i >= CHUNK / 2 && word.includes("\n")) + 1;
+    if (length === 0) length = CHUNK;
+    const lines = words.slice(0, length).join("").replace(/\n$/, "").split("\n");
+    return [from + length, LINE * lines.reduce((sum, line) => sum + Math.ceil((line.length + 1) / this.columns), 0)];
   }
 
   fill(chunk) {
@@ -132,7 +148,6 @@ class TokenView {
       return span;
     });
     node.replaceChildren(...spans);
-    node.classList.remove("waiting");
     node.style.height = "";
   }
 
@@ -142,12 +157,12 @@ class TokenView {
   }
 
   element(s, position) {
-    const folded = this.chunks.find((one) => one.unfold && one.s === s && one.start <= position && position < one.end);
-    folded?.unfold();
-    if (folded) this.chunks.splice(this.chunks.indexOf(folded), 1, {});
+    this.chunks.find((one) => one.unfold && one.s === s && one.start <= position && position < one.end)?.unfold();
     const chunk = this.chunks.find((one) => one.node && one.s === s && one.start <= position && position < one.end);
     if (!chunk) return null;
-    this.fill(chunk);
+    // Its neighbours too: drawn later, they would push the token out of view.
+    const near = (other) => other.node && other.s === s && Math.abs(other.start - chunk.start) <= 2 * CHUNK;
+    this.chunks.filter(near).forEach((other) => this.fill(other));
     return chunk.node.children[position - chunk.start];
   }
 
