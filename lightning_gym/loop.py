@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lightning_gym.batch import TrajectoryBatch
@@ -30,6 +30,7 @@ from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.sharding import is_sharded
 from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import read_tasks
+from lightning_gym.trainer_logprobs import FILE_NAME, TrainerLogprobs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -135,6 +136,7 @@ class GymLoop:
         self._seed = seed
         self._steps_seen = 0
         self._hook: RemovableHandle | None = None
+        self._trainer_logprobs: TrainerLogprobs | None = None
 
     def __enter__(self) -> Self:
         trained = {id(parameter) for parameter in self._model.parameters()}
@@ -146,6 +148,7 @@ class GymLoop:
         self._hook = register_optimizer_step_post_hook(count)
         try:
             self._stream.log = RolloutLog(self._run_dir / "rollouts.jsonl", self._model_path, resume=self.step > 0)
+            self._trainer_logprobs = TrainerLogprobs(self._run_dir / FILE_NAME, resume=self.step > 0)
             self._colocation.start(
                 self._model,
                 self._model_path,
@@ -190,8 +193,20 @@ class GymLoop:
             unused = iter(batches)
             yield self._handed_out(unused)
             self._check_trained(sum(1 for _ in unused))
+            if self._trainer_logprobs is not None:
+                self._trainer_logprobs.write(self.step)
             self.step += 1
             self._finished_position = self._stream.cursor.position
+
+    def record(self, batch: TrajectoryBatch, logprobs: Tensor) -> None:
+        """Keep the trainer's logprobs of a micro-batch for `lightning-gym report`; optional.
+
+        Args:
+            batch: of the current window.
+            logprobs: ``[batch, seq]`` of its tokens, as `lightning_gym.logprobs.token_logprobs` gives them.
+        """
+        if self._trainer_logprobs is not None:
+            self._trainer_logprobs.add(batch, logprobs)
 
     def mark_step(self) -> None:
         """Say that the policy's weights have moved.
@@ -225,6 +240,8 @@ class GymLoop:
         self._colocation.close()
         if self._stream.log is not None:
             self._stream.log.close()
+        if self._trainer_logprobs is not None:
+            self._trainer_logprobs.close()
 
     def _with_old_logprobs(self, batches: list[TrajectoryBatch]) -> list[TrajectoryBatch]:
         with self.ranks.agreeing():

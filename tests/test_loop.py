@@ -26,6 +26,7 @@ from lightning_gym.ranks import Ranks
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import read_rollout_log
 from lightning_gym.testing import FakeEngine, FakeGym, tiny_model, tiny_tokenizer
+from lightning_gym.trainer_logprobs import read_trainer_logprobs
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "recipes" / "loops").glob("*.py"))
@@ -219,6 +220,31 @@ def test_a_window_is_played_by_the_weights_it_trains_and_the_engine_is_closed(mo
     assert loop.metrics["sync/canary_diff"] < 1e-4
     _, lines = read_rollout_log(tmp_path / "rollouts.jsonl")
     assert [line["step"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_what_a_loop_records_is_what_the_engine_sampled(model_dir, tmp_path):
+    model = load(model_dir).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with loop_of(model, tmp_path) as gym:
+        for window in gym.windows(2):
+            for batch in window:
+                logprobs = token_logprobs(model, batch)
+                gym.record(batch, logprobs)
+                grpo(logprobs, batch)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    _, rollouts = read_rollout_log(tmp_path / "rollouts.jsonl")
+    engine = {
+        (rollout["rollout_id"], index): (rollout["step"], [value for value in segment["logprobs"] if value])
+        for rollout in rollouts
+        for index, segment in enumerate(rollout["segments"])
+    }
+    trainer = list(read_trainer_logprobs(tmp_path / "trainer_logprobs.jsonl"))
+    assert {line.step for line in trainer} == {0, 1}
+    assert {(line.rollout_id, line.segment) for line in trainer} == engine.keys()
+    for line in trainer:
+        step, logprobs = engine[line.rollout_id, line.segment]
+        assert (line.step, line.logprobs) == (step, pytest.approx(logprobs, abs=1e-4))
 
 
 def test_a_loop_continues_from_its_state(model_dir, tmp_path):
