@@ -44,6 +44,10 @@ class Rung(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """The engine lost what it had: write all of it next time."""
+        ...
+
     def abstain(self) -> None:
         """After a failure on this rank: take part in what the other ranks still gather, and write nothing."""
         ...
@@ -103,6 +107,10 @@ class Share:
         self._adopted = True
         _give_freed_memory_back()
         return sum(view.nbytes for view in self._views.values()), len(self._views)
+
+    def forget(self) -> None:
+        """Not possible: what is lost is the trainer's."""
+        raise WeightSyncError("the engine lost weights that it shares with the trainer")
 
     def abstain(self) -> None:
         """Nothing is gathered: what is shared is whole."""
@@ -184,6 +192,9 @@ class Copy:
         _synchronize()
         return sum(plan.num_bytes for plan in self._due), sum(plan.num_tensors for plan in self._due)
 
+    def forget(self) -> None:
+        self._frozen = _Frozen()
+
     def abstain(self) -> None:
         """Nothing is gathered: every rank holds all of it."""
 
@@ -241,6 +252,9 @@ class GatheredCopy:
             self._gather(bucket, self._views)
         _synchronize()
         return sum(self._views[weight.name].nbytes for weight in self._due), len(self._due)
+
+    def forget(self) -> None:
+        self._frozen = _Frozen()
 
     @torch.no_grad()
     def abstain(self) -> None:
@@ -322,6 +336,9 @@ class Reload:
         _synchronize()
         num_bytes = sum(weight.shape.numel() * weight.parameter.element_size() for weight in self._weights)
         return num_bytes, len(self._weights)
+
+    def forget(self) -> None:
+        """It never counts on what the engine has."""
 
     @torch.no_grad()
     def abstain(self) -> None:

@@ -106,9 +106,13 @@ class WeightSync:
             if self._views is not None:
                 self._manifest.check_engine(self._engine.weight_views())
 
+        if "weights" in self._engine.asleep:
+            self._rung.forget()
         self._rung.begin(held)
         with self._together():
+            self._engine.wake_up("weights")
             self._engine.update_weights(write, version=version)
+            self._engine.wake_up("kv_cache")
         if isinstance(self._rung, Share):
             self._stamp = _stamp(held)
         handed_over = time.perf_counter()
@@ -149,6 +153,18 @@ class WeightSync:
                 f"{self._engine.weight_version} was synced: something trains while the engine samples, or samples "
                 "before a sync. Use sync_mode='copy' if that is meant"
             )
+
+    def rest(self) -> None:
+        """Let the trainer have the engine's memory until the next sync or collection, where the engine can sleep.
+
+        What is shared cannot be given back: then it is the KV cache alone.
+        """
+        if self._engine.can_sleep:
+            self._engine.sleep(weights=not isinstance(self._rung, Share))
+
+    def wake(self) -> None:
+        """Before a collection that needs no sync."""
+        self._engine.wake_up("kv_cache")
 
     def close(self) -> None:
         """Leave the model with tensors of its own; call it when the engine is gone."""
