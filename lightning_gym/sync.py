@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gym.canary import Canary
+from lightning_gym.copying import Copy, GatheredCopy
 from lightning_gym.errors import ConfigError, WeightSyncError
-from lightning_gym.ladder import Copy, GatheredCopy, Reload, Rung, Share, SyncMode
+from lightning_gym.ladder import Reload, Rung, Share, SyncMode
 from lightning_gym.manifest import Manifest
 from lightning_gym.policy.engine import Engine
 from lightning_gym.ranks import Ranks
@@ -168,8 +169,7 @@ class WeightSync:
 
     def close(self) -> None:
         """Leave the model with tensors of its own; call it when the engine is gone."""
-        if isinstance(self._rung, Share):
-            self._rung.release(self._inventory.look())
+        self._rung.close(self._inventory.look())
 
     def _choose(self, held: Sequence[Weight], no_views: str | None, max_lag: int) -> Rung:
         refused: dict[SyncMode, str] = {}
@@ -203,7 +203,7 @@ class WeightSync:
             raise WeightSyncError(f"{what}, so the engine would keep their old values. Use sync_mode='copy'")
         _log.warning("%s; from here on weights are copied", what)
         assert self._views is not None
-        self._rung.release(held)
+        self._rung.close(held)
         self._rung = Copy(self._views)
 
     def _engine_dtype(self) -> torch.dtype:

@@ -91,6 +91,7 @@ ORDER = [
     "manifest",
     "canary",
     "ladder",
+    "copying",
     "sync",
     "comparison",
     "colocation",
