@@ -146,3 +146,10 @@ def test_a_missing_gym_is_named_with_the_way_to_get_it(tmp_path):
     with pytest.raises(ConfigError, match="make setup-gym"):
         GymPolicy(environment="blend").ensure(tmp_path, python=tmp_path / "none")
     assert list(tmp_path.iterdir()) == [], "a build that failed leaves nothing"
+
+
+def test_a_setting_that_such_a_policy_does_not_have_is_named():
+    from lightning_gym.cli import main
+
+    with pytest.raises(SystemExit, match="a policy for blend has no setting error_probability"):
+        main(["warm-start", "blend", "--error-probability", "0.5"])
