@@ -23,8 +23,6 @@ from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import read_tasks
 from lightning_gym.validation import EvaluationLoader, give_validation_step
 
-_STATE_VERSION = 1
-
 Prepare = Callable[[list[TrajectoryBatch], Ranks], list[TrajectoryBatch]]
 
 
@@ -152,15 +150,12 @@ class GymDataModule(L.LightningDataModule):
             self._setup_training()
 
     def _setup_training(self) -> None:
-        self.stream = self.stream or self.make_stream()
+        if self.stream is None:
+            tasks = read_tasks(self._train, agent=self._agent)
+            self.stream = RolloutStream(
+                tasks, self._settings, seed=self._seed, shuffle=self._shuffle, agent_weights=self._agent_weights
+            )
         self._callback().attach(self.stream)
-
-    def make_stream(self) -> RolloutStream:
-        """Read the tasks, and begin their order."""
-        tasks = read_tasks(self._train, agent=self._agent)
-        return RolloutStream(
-            tasks, self._settings, seed=self._seed, shuffle=self._shuffle, agent_weights=self._agent_weights
-        )
 
     def train_dataloader(self) -> "WindowLoader":
         """The loader. Do not wrap it: a wrapper without a length makes Lightning fetch ahead."""
@@ -179,34 +174,21 @@ class GymDataModule(L.LightningDataModule):
         return batch.batch if isinstance(batch, Sealed) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order of tasks stands after the last finished optimizer step; plain Python, equal on all ranks."""
-        return self._fingerprint() | {"position": self._callback().finished_position}
-
-    def _fingerprint(self) -> dict[str, Any]:
-        """What the order of tasks depends on."""
+        """Where the run stands after the last finished optimizer step; plain Python, equal on all ranks."""
         assert self.stream is not None
-        return {
-            "version": _STATE_VERSION,
-            "seed": self._seed,
-            "num_tasks": len(self.stream.tasks),
-            "agent_weights": self._agent_weights,
-        }
+        assert self.trainer is not None
+        position = self._callback().finished_position(self.trainer.global_step)
+        return self.stream.state_at(position) | {"num_micro_batches": self.trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the order of tasks.
+        """Continue a run, on any number of ranks.
 
         Raises:
-            ConfigError: the checkpoint is of another dataset, seed or blend.
+            ConfigError: the checkpoint is of another dataset, order of tasks or group size.
         """
         if self.stream is None:  # trainer.validate(ckpt_path=...): no order of tasks goes on
             return
-        for key, expected in self._fingerprint().items():
-            if state_dict.get(key) != expected:
-                raise ConfigError(
-                    f"the checkpoint has {key}={state_dict.get(key)}, this run {expected}; resume with the same data"
-                )
-        self.stream.seek(state_dict["position"])
-        self._callback().finished_position = state_dict["position"]
+        self._callback().resume_at(self.stream.restore(state_dict))
 
     def _prepare(self, batches: list[TrajectoryBatch]) -> list[TrajectoryBatch]:
         """Before a window's collection is trained on: `old_logprobs` where they differ, and what the module wants.
@@ -256,6 +238,13 @@ class WindowLoader:
 
     def __len__(self) -> int:
         return self._steps * self._trainer.accumulate_grad_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: where to go on is the data module's state. That there is one tells Lightning that resuming works."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Nothing to load."""
 
     def __iter__(self) -> Iterator[Sealed]:
         for _ in range(self._steps):

@@ -6,6 +6,7 @@ Trainer does there: it counts optimizer steps.
 
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -35,8 +36,6 @@ from lightning_gym.trainer_logprobs import FILE_NAME, TrainerLogprobs
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.utils.hooks import RemovableHandle
-
-_STATE_VERSION = 1
 
 
 class GymLoop:
@@ -111,8 +110,6 @@ class GymLoop:
                 "the model was prepared by Accelerate, whose backward() divides losses by gradient_accumulation_steps; "
                 "pass accelerator=..., so that batches are weighted for that"
             )
-        self.step = 0
-        """Optimizer steps finished; the weight version of the tokens that are sampled next."""
         self.metrics: dict[str, float] = {}
         """Of the last window: rollouts, sync, seconds."""
         self.ranks = ranks or Ranks.of_process_group()
@@ -124,7 +121,7 @@ class GymLoop:
         self._stream = RolloutStream(read_tasks(tasks, agent=agent), window, seed=seed)
         if window.updates_per_collection > 1:
             self._stream.prepare = self._with_old_logprobs
-        self._finished_position = 0
+        self._finished = _Finished(steps=0, position=0)
         self._loss_divisor = 1 if accelerator is None else accelerator.gradient_accumulation_steps
         mixed: dict[str, Precision] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
         self._precision: Precision | None = None if accelerator is None else mixed.get(accelerator.mixed_precision)
@@ -133,8 +130,9 @@ class GymLoop:
         self._model = unwrapped(model)
         self._model_path = Path(model_path or self._model.config.name_or_path)  # type: ignore[union-attr]  checked
         self._run_dir = rank_dir(Path(run_dir), self.ranks.rank)
-        self._seed = seed
         self._steps_seen = 0
+        self._left: int | None = None
+        """Micro-batches of the open window that were not asked for; ``None`` between windows."""
         self._hook: RemovableHandle | None = None
         self._trainer_logprobs: TrainerLogprobs | None = None
 
@@ -189,14 +187,12 @@ class GymLoop:
                 loss_divisor=self._loss_divisor,
             )
             self.metrics = self._stream.metrics | self._colocation.take_sync_metrics()
-            self._steps_seen = 0
-            unused = iter(batches)
-            yield self._handed_out(unused)
-            self._check_trained(sum(1 for _ in unused))
+            self._steps_seen, self._left = 0, len(batches)
+            yield self._handed_out(batches)
+            self._check_trained()
             if self._trainer_logprobs is not None:
                 self._trainer_logprobs.write(self.step)
-            self.step += 1
-            self._finished_position = self._stream.cursor.position
+            self._finished, self._left = _Finished(self.step + 1, self._stream.cursor.position), None
 
     def record(self, batch: TrajectoryBatch, logprobs: Tensor) -> None:
         """Keep the trainer's logprobs of a micro-batch for `lightning-gym report`; optional.
@@ -216,22 +212,34 @@ class GymLoop:
         """
         self._steps_seen += 1
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps finished when the latest window was asked for; the version of the weights that it trains."""
+        return self._finished.steps
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether the open window has been trained on, and its optimizer has stepped."""
+        return self._left == 0 and self._steps_seen > 0
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands after the last finished optimizer step; plain Python, equal on all ranks."""
-        return self._fingerprint() | {"step": self.step, "position": self._finished_position}
+        """Where the run stands after the last finished optimizer step; plain Python, equal on all ranks.
+
+        Save it with the weights and the optimizer at any time between two optimizer steps. A window that is not
+        finished by then is played and trained again whole.
+        """
+        position = self._stream.cursor.position if self._is_trained else self._finished.position
+        return self._stream.state_at(position) | {"step": self.step + self._is_trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue a run; before entering.
+        """Continue a run, on any number of ranks; before the first window.
 
         Raises:
-            ConfigError: the state is of another dataset or seed.
+            ConfigError: the state is of another dataset, seed or group size, or windows have been played.
         """
-        for key, expected in self._fingerprint().items():
-            if state_dict.get(key) != expected:
-                raise ConfigError(f"the saved loop has {key}={state_dict.get(key)}, this one {expected}")
-        self.step = state_dict["step"]
-        self._finished_position = state_dict["position"]
-        self._stream.seek(self._finished_position)
+        if self.step or self._left is not None:
+            raise ConfigError("a GymLoop that has played windows cannot load a state; make a new one and load it first")
+        self._finished = _Finished(steps=state_dict["step"], position=self._stream.restore(state_dict))
 
     def close(self) -> None:
         """Stop the engine and Gym; idempotent, bounded. Leaving the ``with`` block does it."""
@@ -247,14 +255,15 @@ class GymLoop:
         with self.ranks.agreeing():
             return with_old_logprobs(self._called, batches)  # as the loop calls it: in the precision that it trains in
 
-    def _handed_out(self, unused: Iterator[TrajectoryBatch]) -> Iterator[TrajectoryBatch]:
+    def _handed_out(self, batches: Sequence[TrajectoryBatch]) -> Iterator[TrajectoryBatch]:
         device = next(self._model.parameters()).device
-        for batch in unused:
+        for number, batch in enumerate(batches, start=1):
             if self._steps_seen:
                 raise StalePolicyError(
                     f"the optimizer stepped in the middle of window {self.step}: its next micro-batch was sampled by "
                     f"the weights before. Step once, after all {self._num_micro_batches} micro-batches of a window"
                 )
+            self._left = len(batches) - number
             yield batch.to(device)
 
     def _check_equal_on_ranks(self) -> None:
@@ -267,10 +276,10 @@ class GymLoop:
                     "DistributedDataParallel, or prepare it with Fabric or Accelerate, and call the wrapper"
                 )
 
-    def _check_trained(self, num_unused: int) -> None:
-        if num_unused:
+    def _check_trained(self) -> None:
+        if self._left:
             raise StalePolicyError(
-                f"{num_unused} of the {self._num_micro_batches} micro-batches of window {self.step} were not asked for;"
+                f"{self._left} of the {self._num_micro_batches} micro-batches of window {self.step} were not asked for;"
                 " train on all of a window before the next one, its loss is normalised over all of them"
             )
         if not self._steps_seen:
@@ -281,12 +290,15 @@ class GymLoop:
                 "the weights, or where a gradient scaler skipped the step"
             )
 
-    def _fingerprint(self) -> dict[str, Any]:
-        return {
-            "version": _STATE_VERSION,
-            "seed": self._seed,
-            "num_tasks": len(self._stream.tasks),
-        }
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What is behind a run."""
+
+    steps: int
+    """Optimizer steps."""
+    position: int
+    """Tasks dealt to their windows."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

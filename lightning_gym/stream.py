@@ -4,6 +4,7 @@ import collections
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lightning_gym import metrics
 from lightning_gym.batch import StepTotals, TrajectoryBatch, loss_weights, pack_window
@@ -13,8 +14,9 @@ from lightning_gym.errors import CollectionError, ConfigError
 from lightning_gym.outcome import Outcome, compared
 from lightning_gym.played import Played, Span, spans
 from lightning_gym.ranks import Ranks
+from lightning_gym.resume import check_same_run
 from lightning_gym.rollout_log import RolloutLog
-from lightning_gym.tasks import Task, TaskCursor, shard
+from lightning_gym.tasks import Task, TaskCursor, digest, shard
 
 _log = logging.getLogger(__name__)
 
@@ -57,11 +59,41 @@ class RolloutStream:
         self.prepare: Prepare | None = None
         """Called on every rank for every window; several updates a collection need it."""
         self._waiting: collections.deque[_Window] = collections.deque()
+        self._identity: dict[str, Any] = {
+            "version": _STATE_VERSION,
+            "seed": seed,
+            "shuffle": shuffle,
+            "agent_weights": None if agent_weights is None else dict(agent_weights),
+            "group_size": settings.group_size,
+            "num_tasks": len(tasks),
+        }
 
-    def seek(self, position: int) -> None:
-        """Go on with the task at `position`; windows that were not handed out are forgotten."""
-        self.cursor.position = position
+    def state_at(self, position: int) -> dict[str, Any]:
+        """What is saved of a run whose windows up to `position` are finished: plain Python, equal on all ranks.
+
+        It says nothing about ranks: any number of them goes on with it.
+        """
+        return self._run() | {"position": position}
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Go on where a run was saved; windows that were not handed out are forgotten.
+
+        Returns:
+            The position of its first unfinished window.
+
+        Raises:
+            ConfigError: the state is of other tasks, another order of them, or other groups.
+        """
+        check_same_run(state, self._run())
+        self.cursor.position = state["position"]
         self._waiting.clear()
+        return self.cursor.position
+
+    def _run(self) -> dict[str, Any]:
+        """What the order of tasks, the groups and their seeds depend on."""
+        if "tasks" not in self._identity:  # a second for 100,000 rows; a run that saves nothing does not spend it
+            self._identity["tasks"] = digest(self.tasks)
+        return dict(self._identity)
 
     def window(
         self, colocation: Colocation, *, version: int, num_micro_batches: int, loss_divisor: int
@@ -185,6 +217,7 @@ class RolloutStream:
         }
 
 
+_STATE_VERSION = 2
 _FILLERS = "batch/filler_tokens"
 
 

@@ -4,6 +4,7 @@ Rows are JSONL as Gym's dataset collation writes them: ``responses_create_params
 ``agent_ref`` (which agent plays it), and whatever the environment's verifier needs beside them.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lightning_gym.errors import ConfigError, TaskError
 from lightning_gym.gym.wire import AGENT_REF, RESPONSES_CREATE_PARAMS
@@ -106,6 +109,20 @@ def _without_nulls(value: Any) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def digest(tasks: Iterable[Task]) -> str:
+    """A short text that is another one for other tasks, or the same in another order.
+
+    Example:
+        >>> task = Task(index=0, agent="agent", row={"a": 1, "b": 2})
+        >>> digest([task]) == digest([Task(index=0, agent="agent", row={"b": 2, "a": 1})])
+        True
+    """
+    hashed = hashlib.blake2b(digest_size=8)
+    for task in tasks:
+        hashed.update(msgspec.json.encode((task.agent, task.row), order="deterministic") + b"\n")
+    return hashed.hexdigest()
 
 
 def check_agents(tasks: Iterable[Task], known: Iterable[str]) -> None:

@@ -262,7 +262,7 @@ def test_a_loop_continues_from_its_state(model_dir, tmp_path):
         assert torch.equal(a, b)
     _, lines = read_rollout_log(tmp_path / "halves" / "rollouts.jsonl")
     assert [line["step"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-    with pytest.raises(ConfigError, match="saved loop has seed=0, this one 1"):
+    with pytest.raises(ConfigError, match="saved run has seed=0, this one 1"):
         loop_of(halves, tmp_path, seed=1).load_state_dict(state)
 
 

@@ -291,11 +291,11 @@ def test_a_run_resumed_inside_a_collection_goes_on_with_the_task_after_the_last_
     policy, callback, datamodule, trainer = parts(model_dir, tmp_path, data=data, trainer={"max_steps": 2})
     trainer.fit(policy, datamodule=datamodule)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    assert callback.finished_position == 4
+    assert callback.finished_position(trainer.global_step) == 4
     policy, callback, datamodule, trainer = parts(model_dir, tmp_path, data=data, trainer={"max_steps": 3})
     trainer.fit(policy, datamodule=datamodule, ckpt_path=tmp_path / "half.ckpt")
     assert callback.history[0]["batch/lag"] == 0, "collected anew, with the weights of the checkpoint"
-    assert callback.finished_position == 6
+    assert callback.finished_position(trainer.global_step) == 6
 
 
 @pytest.mark.usefixtures("varied")

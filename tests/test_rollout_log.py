@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lightning_gym.errors import ConfigError
+from lightning_gym.errors import ConfigError, LogError
 from lightning_gym.rollout import Failure, FailureKind, Rollout, SpliceBreak
 from lightning_gym.rollout_log import FORMAT, RolloutLog, read_rollout_log
 from lightning_gym.testing import tiny_trajectory
@@ -67,12 +67,6 @@ def test_a_rollout_comes_back_as_it_was_written(tmp_path):
         "metrics": {"steps": 2.0},
         "prompt": [{"role": "user", "content": "count"}],
         "output": [{"type": "message", "content": "größe"}],
-        "reward_components": {},
-        "masked": False,
-        "context_overflow": False,
-        "invalid_tool_calls": 0,
-        "unconfirmed_calls": 0,
-        "ids_lost": False,
     }
     first, second = line["segments"]
     assert first["token_ids"] == [1, 2, 3, 4]
@@ -104,12 +98,11 @@ def test_what_was_written_can_be_read_while_the_run_goes_on(tmp_path):
     log.close()
 
 
-def test_logprobs_come_back_as_the_same_floats(tmp_path):
-    values = np.concatenate([-np.random.default_rng(0).exponential(size=500), [-7e-9, -1e-30, -87.3]])
-    trajectory = tiny_trajectory(num_prompt=1, num_trained=len(values))
-    trajectory.rollout_logprobs[1:] = values
+def test_logprobs_are_written_to_a_millionth_of_a_nat(tmp_path):
+    trajectory = tiny_trajectory()
+    trajectory.rollout_logprobs[2:] = np.array([-0.123456789, -7e-9], dtype=np.float32)
     _, (line,) = written(tmp_path / "log.jsonl", (0, [rollout()], {"a": [trajectory]}, {}))
-    assert np.array_equal(np.float32(line["segments"][0]["logprobs"]), trajectory.rollout_logprobs)
+    assert line["segments"][0]["logprobs"] == [0.0, 0.0, -0.123457, -0.0]
 
 
 @pytest.mark.parametrize("text", ["", "\n", "[]\n", '{"format": "other/1"}\n', "not JSON\n", '{"reward": 1}\n'])
@@ -133,3 +126,25 @@ def test_rollouts_before_a_line_that_was_cut_off_are_read_and_the_line_is_named(
     assert next(lines)["rollout_id"] == "a"
     with pytest.raises(ConfigError, match=r"log\.jsonl, line 3: .*lightning-gym report"):
         next(lines)
+
+
+def test_a_resumed_log_replaces_what_is_played_again_and_a_line_that_was_cut(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    log = RolloutLog(path, tmp_path)
+    for step in range(3):
+        log.write(step, [rollout(f"before-{step}")], {}, {})
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "rollo')
+    log = RolloutLog(path, tmp_path, resume=True)
+    for step in (2, 3):
+        log.write(step, [rollout(f"after-{step}")], {}, {})
+    log.close()
+    _, lines = read_rollout_log(path)
+    assert [line["rollout_id"] for line in lines] == ["before-0", "before-1", "after-2", "after-3"]
+
+
+def test_a_log_on_a_full_disk_says_so_and_what_to_do(tmp_path):
+    (tmp_path / "rollouts.jsonl").symlink_to("/dev/full")
+    with pytest.raises(LogError, match=r"rollouts\.jsonl cannot be written to: No space left on device\. Make room"):
+        RolloutLog(tmp_path / "rollouts.jsonl", tmp_path)

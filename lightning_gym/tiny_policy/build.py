@@ -112,9 +112,9 @@ class TinyPolicy:
         clock.lap("train")
         sampled, greedy = self._measure(teacher, model, tokenizer, rows, validation)
         clock.lap("measure")
-        write_checkpoint(target, model, tokenizer)
-        write_rows(target / "train.jsonl", rows)
-        write_rows(target / "validation.jsonl", validation)
+        _write_checkpoint(target, model, tokenizer)
+        _write_rows(target / "train.jsonl", rows)
+        _write_rows(target / "validation.jsonl", validation)
         record = {
             "key": key,
             "environment": self.environment,
@@ -201,8 +201,7 @@ def read_record(policy: str | os.PathLike[str]) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Save a model that samples from its own distribution, and its tokenizer."""
+def _write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
     from transformers import GenerationConfig
     from transformers.utils import logging
 
@@ -225,8 +224,7 @@ def write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTra
             logging.enable_progress_bar()
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """One JSON object a line, as Gym's datasets are."""
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
