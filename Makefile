@@ -1,6 +1,6 @@
 # The commands of this repository. Everything runs from its root, in environments that these targets make themselves.
 #
-#   make demo [SEED=0]   train a tiny policy end to end on this machine's CPU
+#   make demo [SEED=0] [GYM=nemo]   train a tiny policy end to end on this machine's CPU; on NeMo Gym's own servers
 #   make test            set up both environments and run the suite   (test-fast: no vLLM, no Gym; test-full: all of it)
 #   make check           formatter, linter and type checker
 #   make mutants         put faults into copies of the code, and see the tests catch them (MUTANTS="splice: ..." for some)
@@ -13,6 +13,8 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 SEED ?= 0
+# Who plays the demo: `embedded`, or `nemo` for NeMo Gym itself.
+GYM ?= embedded
 PYTEST_ARGS ?=
 MUTANTS ?=
 
@@ -102,10 +104,16 @@ $(READY_DOCS): $(LOCK_DOCS) $(READY)
 	@$(PIP) install $(QUIET) --no-deps -r $(LOCK_DOCS)
 	@touch $@
 
-demo: $(READY)
+# The same recipe on either; what differs is who serves the environment.
+DEMO_embedded := gym=embedded output_dir=outputs/demo
+DEMO_nemo := gym=nemo_light output_dir=outputs/demo-nemo
+DEMO_OUT = $(patsubst output_dir=%,%,$(filter output_dir=%,$(DEMO_$(GYM))))
+
+demo: $(READY) $(if $(filter nemo,$(GYM)),$(READY_GYM))
+	@test -n "$(DEMO_$(GYM))" || { echo "GYM=$(GYM): expected embedded or nemo" >&2; exit 1; }
 	$(VENV)/bin/lightning-gym warm-start counter --seed $(SEED)
-	$(VENV)/bin/lightning-gym train recipe=counter seed=$(SEED) output_dir=outputs/demo
-	@$(VENV)/bin/lightning-gym report outputs/demo
+	$(VENV)/bin/lightning-gym train recipe=counter seed=$(SEED) $(DEMO_$(GYM))
+	@$(VENV)/bin/lightning-gym report $(DEMO_OUT)
 
 # The suite's tiers: see the markers in pyproject.toml.
 test-fast: $(READY)

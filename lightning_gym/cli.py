@@ -9,9 +9,10 @@ from dataclasses import fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_gym.errors import ConfigError, LightningGymError
+from lightning_gym.gym_policy import build as gym_policy
 from lightning_gym.tiny_policy.build import ENVIRONMENTS, TinyPolicy, read_record
 
 if TYPE_CHECKING:
@@ -94,19 +95,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_warm_start_arguments(warm_start: argparse.ArgumentParser) -> None:
-    warm_start.add_argument("environment", choices=ENVIRONMENTS)
+    warm_start.add_argument(
+        "environment",
+        choices=(*ENVIRONMENTS, *gym_policy.ENVIRONMENTS),
+        help="the first two are embedded; the others are NeMo Gym's own, and take its Python (make setup-gym)",
+    )
     warm_start.add_argument("--out", default="outputs/tiny_policy", help="where ENVIRONMENT-seedN is written")
     warm_start.add_argument("--json", action="store_true", help="print the whole record as one JSON object")
     for field in fields(TinyPolicy):
         if field.name != "environment":
             kind = float if field.name in ("lr", "error_probability") else int
-            warm_start.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+            option = f"--{field.name.replace('_', '-')}"
+            warm_start.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{field.default} by default")
     warm_start.set_defaults(command=_warm_start)
 
 
 def _warm_start(arguments: argparse.Namespace) -> None:
-    settings = {field.name: getattr(arguments, field.name) for field in fields(TinyPolicy)}
-    target = TinyPolicy(**settings).ensure(arguments.out)
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "out", "json")}
+    if arguments.environment in gym_policy.ENVIRONMENTS:
+        _gym_warm_start(given, arguments)
+        return
+    target = TinyPolicy(**given).ensure(arguments.out)
     record = read_record(target)
     assert record is not None
     if arguments.json:
@@ -121,6 +130,20 @@ def _warm_start(arguments: argparse.Namespace) -> None:
         f"{record['parameters'] / 1e6:.2f} M parameters, vocabulary {record['vocab_size']}, "
         f"{record['sft_steps']} SFT steps in {record['train_seconds']:.0f} s"
     )
+
+
+def _gym_warm_start(settings: dict[str, Any], arguments: argparse.Namespace) -> None:
+    unknown = set(settings) - {field.name for field in fields(gym_policy.GymPolicy)}
+    if unknown:
+        raise ConfigError(f"a policy for {arguments.environment} has no setting {', '.join(sorted(unknown))}")
+    target = gym_policy.GymPolicy(**settings).ensure(arguments.out)
+    record = read_record(target)
+    assert record is not None
+    if arguments.json:
+        print(json.dumps({"path": str(target), **record}))
+        return
+    rewards = ", ".join(f"{name} {reward:.3f}" for name, reward in record["rewards"].items())
+    print(f"{target}: its teacher was rewarded, in {record['demonstrations']} rollouts of real Gym, with {rewards}")
 
 
 def _train(arguments: list[str]) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from lightning_gym.collection import Collection
-from lightning_gym.errors import CollectionError, ConfigError
+from lightning_gym.errors import CollectionError, ConfigError, GymError
 from lightning_gym.gym import wire
 from lightning_gym.gym.client import GymClient
+from lightning_gym.gym.recovery import Recovery
 from lightning_gym.policy.ledger import Entry, Ledger, Profile
 from lightning_gym.progress import Progress
 from lightning_gym.reconcile import finished
@@ -84,6 +85,7 @@ class Collector:
         max_failed_frac: above this fraction of failed rollouts the collection is given up.
         heartbeat_s: how far the collection is, and who waits for whom, is logged this often.
         stragglers: ``None`` waits for every attempt until it is over or timed out.
+        recovery: asked before a rollout is tried again; ``None`` tries at once.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Collector:
         max_failed_frac: float = 0.25,
         heartbeat_s: float = 10.0,
         stragglers: Stragglers | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
         self._client = client
         self._ledger = ledger
@@ -108,6 +111,7 @@ class Collector:
         self._max_failed_frac = max_failed_frac
         self._heartbeat_s = heartbeat_s
         self._stragglers = stragglers
+        self._recovery = recovery
         self._playing: dict[str, tuple[str, Entry]] = {}
         """Agent and ledger page of every rollout that has begun and is not over."""
 
@@ -131,6 +135,7 @@ class Collector:
 
         Raises:
             CollectionError: more than `max_failed_frac` of the rollouts failed.
+            GymError: the Gym is gone for good.
         """
         progress = Progress(total=len(dealt) * group_size)
         heartbeat = asyncio.create_task(self._heartbeat(progress))
@@ -147,7 +152,7 @@ class Collector:
                 for task, group in zip(dealt, groups, strict=True):
                     for number in range(group_size):
                         tasks.create_task(attempt(task, group, number))
-        except* CollectionError as errors:
+        except* GymError as errors:
             raise errors.exceptions[0] from None
         finally:
             heartbeat.cancel()
@@ -236,6 +241,8 @@ class Collector:
                 return rollout
             again += 1
             _log.warning("rollout %s failed and is tried again: %s", rollout_id, failure.message)
+            if self._recovery is not None and not await self._recovery.wait_for(dealt.task.agent):
+                return rollout
 
 
 def _rollout(

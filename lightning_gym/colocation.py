@@ -21,7 +21,8 @@ from lightning_gym.collect import Collection, Collector, Stragglers
 from lightning_gym.errors import ConfigError, EngineError
 from lightning_gym.gym import wire
 from lightning_gym.gym.client import GymClient
-from lightning_gym.gym.servers import Gym
+from lightning_gym.gym.recovery import Recovery
+from lightning_gym.gym.servers import Gym, SpawnedGym
 from lightning_gym.ladder import SyncMode
 from lightning_gym.logprobs import check_packing
 from lightning_gym.memory_budget import Precision, compute_dtype, precision_of, trainer_bytes_to_come
@@ -53,6 +54,8 @@ class CollectSettings:
     max_failed_frac: float = 0.25
     heartbeat_s: float = 10.0
     stragglers: Stragglers | None = None
+    gym_away_s: float = 60.0
+    """How long a Gym that does not answer is waited for, see `lightning_gym.gym.recovery`."""
     max_concurrency: int = 512
     endpoint_port: int = 0
     """0 picks a free one."""
@@ -95,6 +98,7 @@ class Colocation:
         self._settings = settings
         self._sync_mode: SyncMode = sync_mode
         self._ledger = Ledger()
+        self._run_dir = Path()
         self._endpoint: Endpoint | None = None
         self._sync: WeightSync | None = None
         self._runner: asyncio.Runner | None = None
@@ -173,13 +177,27 @@ class Colocation:
         built = time.perf_counter()
         endpoint.start()
         self._closers.append(("gym", self._gym.close))
-        head_url = self._gym.start(
-            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.service.model_name, run_dir=run_dir
-        )
-        self._connect(head_url, run_id)
+        self._run_dir = run_dir
+        self._connect(self._start_gym(), run_id)
         self.start_seconds = {"engine": built - start, "gym": time.perf_counter() - built}
         assert self._client is not None
         check_agents(tasks, self._client.agents)
+
+    def _start_gym(self) -> str:
+        endpoint = self.endpoint
+        return self._gym.start(
+            policy_url=endpoint.url, api_key=endpoint.api_key, model=endpoint.service.model_name, run_dir=self._run_dir
+        )
+
+    def _restart_gym(self) -> str | None:
+        """Start the Gym again if it ended by itself."""
+        code = self._gym.poll() if isinstance(self._gym, SpawnedGym) else None
+        if code is None:
+            return None
+        _log.warning(
+            "the Gym ended by itself with code %d, and is started again; see its log in %s", code, self._run_dir
+        )
+        return self._start_gym()
 
     def _connect(self, head_url: str, run_id: str) -> None:
         settings = self._settings
@@ -195,6 +213,7 @@ class Colocation:
             return client
 
         self._client = client = runner.run(connect())
+        recovery = Recovery(client, self._restart_gym, away_s=settings.gym_away_s)
 
         def collector(run_id: str, stragglers: Stragglers | None = None) -> Collector:
             return Collector(
@@ -207,6 +226,7 @@ class Colocation:
                 max_failed_frac=settings.max_failed_frac,
                 heartbeat_s=settings.heartbeat_s,
                 stragglers=stragglers,
+                recovery=recovery,
             )
 
         self._collector = collector(run_id, settings.stragglers)

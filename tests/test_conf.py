@@ -8,7 +8,8 @@ from hydra.utils import get_object, instantiate
 
 from lightning_gym.conf_path import conf_dir
 
-RECIPES = sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml"))
+FOLDER = conf_dir() / "recipe"
+RECIPES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("[!_]*.yaml"))
 
 
 def composed(*overrides):
@@ -53,6 +54,17 @@ def test_a_strategy_is_an_option_of_the_trainer():
 
 def test_there_is_a_recipe_for_each_environment():
     assert {"counter", "reverse_string"} <= set(RECIPES)
+
+
+def test_there_is_a_recipe_for_every_environment_of_real_gym_that_a_tiny_policy_is_built_for():
+    from lightning_gym.gym_policy.build import ENVIRONMENTS
+    from lightning_gym.gym_policy.environments import GYM_ENVIRONMENTS
+
+    assert {f"gym/{name}" for name in ENVIRONMENTS} == {name for name in RECIPES if name.startswith("gym/")}
+    assert {*GYM_ENVIRONMENTS, "blend"} == set(ENVIRONMENTS)
+    for name, environment in GYM_ENVIRONMENTS.items():
+        gym = composed(f"recipe=gym/{name}").gym
+        assert (gym.config_paths, gym.get("max_steps")) == ([environment.config], environment.max_steps)
 
 
 def test_a_run_without_a_model_or_data_says_what_is_missing():

@@ -58,12 +58,17 @@ class GymClient:
 
         self._http = httpx.AsyncClient(transport=AiohttpTransport(client=session), timeout=timeout, cookies=no_cookies)
 
-    async def connect(self) -> None:
+    async def connect(self, head_url: str | None = None) -> None:
         """Ask the head server which agents there are.
+
+        Args:
+            head_url: of another head server, from now on.
 
         Raises:
             GymError: it does not answer as a Gym head server does.
         """
+        if head_url is not None:
+            self._head_url = head_url.rstrip("/")
         url = f"{self._head_url}/server_instances"
         try:
             response = await self._http.get(url, timeout=_CONNECT_TIMEOUT_S)
@@ -78,6 +83,14 @@ class GymClient:
             raise GymError(
                 f"{url} does not answer as a Gym head server does: {error!r}; is `head_url` the head server's address?"
             ) from error
+
+    async def answers(self, agent: str) -> bool:
+        """Whether an agent's server, or what stands in front of it, has anything to say."""
+        try:
+            response = await self._http.get(self.agents[agent], timeout=_CONNECT_TIMEOUT_S)
+        except (httpx.HTTPError, KeyError):
+            return False
+        return response.status_code not in _GATEWAY_ERRORS
 
     async def run(
         self,

@@ -61,7 +61,7 @@ class EmbeddedGym:
             raise ConfigError(f"environments: expected every name once, got {names}")
 
     def start(self, *, policy_url: str, api_key: str, model: str, run_dir: Path) -> str:
-        """Start the server and wait until it listens.
+        """Start the server and wait until it listens; again, if it has ended.
 
         Args:
             policy_url: our endpoint; ends with ``/v1``.
@@ -75,6 +75,7 @@ class EmbeddedGym:
         """
         if self._server is not None and self._server.poll() is None:
             raise GymStartError("the embedded Gym was started already: close it first, or make a new EmbeddedGym")
+        self.close()
         if not policy_url.endswith("/v1"):
             raise ConfigError(f"policy_url: expected an URL that ends with '/v1', got {policy_url!r}")
         run_dir.mkdir(parents=True, exist_ok=True)

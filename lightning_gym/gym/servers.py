@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import msgspec
 
@@ -57,6 +57,15 @@ class Gym(Protocol):
 
     def close(self) -> None:
         """Stop what `start` started; bounded, idempotent. Then it may start again."""
+        ...
+
+
+@runtime_checkable
+class SpawnedGym(Gym, Protocol):
+    """A Gym that runs in processes of ours, which may end by themselves; then it can be started again."""
+
+    def poll(self) -> int | None:
+        """The exit code, or ``None`` while it runs or before it was started."""
         ...
 
 
@@ -130,14 +139,14 @@ class NemoGym:
             raise ConfigError(f"max_steps: expected at least 1 model call per rollout, or None, got {max_steps}")
         self.config_paths = _with_model_config([str(path) for path in config_paths])
         self.ray = ray
-        self.python = Path(python or os.environ.get(PYTHON_VARIABLE) or _DEFAULT_PYTHON)
+        self.python = gym_python(python)
         self.overrides = dict(overrides or {})
         self.max_steps = max_steps
         self.start_timeout_s = start_timeout_s
         self._host: Supervised | None = None
 
     def start(self, *, policy_url: str, api_key: str, model: str, run_dir: Path) -> str:
-        """Start the servers and wait until every one answers.
+        """Start the servers and wait until every one answers; again, if they have ended.
 
         Args:
             policy_url: our endpoint; ends with ``/v1``.
@@ -152,6 +161,7 @@ class NemoGym:
         """
         if self._host is not None and self._host.poll() is None:
             raise GymStartError("this Gym was started already: close it first, or make a new NemoGym")
+        self.close()
         _check_files(self.config_paths, self.python)
         # Not the trainer's own directory: Gym would take a folder `benchmarks` there for its own.
         folder = run_dir.absolute() / "nemo_gym"
@@ -202,6 +212,11 @@ class NemoGym:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def gym_python(python: str | Path | None = None) -> Path:
+    """Gym's interpreter: `python`, else what ``$LIGHTNING_GYM_GYM_PYTHON`` names, else ``.venv-gym/bin/python``."""
+    return Path(python or os.environ.get(PYTHON_VARIABLE) or _DEFAULT_PYTHON)
 
 
 def _with_model_config(paths: list[str]) -> list[str]:

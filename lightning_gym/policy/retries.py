@@ -59,6 +59,7 @@ class PendingAnswers(Generic[_T]):
         pending = self._pending.get(key)
         if pending is None:
             pending = self._pending[key] = _Pending(asyncio.ensure_future(make()))
+            pending.task.add_done_callback(_unheard)
         pending.waiting += 1
         watch = asyncio.ensure_future(gone())
         try:
@@ -78,10 +79,16 @@ class PendingAnswers(Generic[_T]):
 
     def _give_up(self, key: Any, pending: _Pending[_T]) -> None:
         if not pending.waiting and self._forget(key, pending):
-            pending.task.cancel()  # of a finished one too: asyncio then does not report an error that nobody saw
+            pending.task.cancel()
 
     def _forget(self, key: Any, pending: _Pending[_T]) -> bool:
         if self._pending.get(key) is not pending:
             return False
         del self._pending[key]
         return True
+
+
+def _unheard(task: "asyncio.Task[Any]") -> None:
+    """Look at an error, so that asyncio does not report one that nobody is left to hear."""
+    if not task.cancelled():
+        task.exception()

@@ -112,9 +112,9 @@ class TinyPolicy:
         clock.lap("train")
         sampled, greedy = self._measure(teacher, model, tokenizer, rows, validation)
         clock.lap("measure")
-        _write_checkpoint(target, model, tokenizer)
-        _write_rows(target / "train.jsonl", rows)
-        _write_rows(target / "validation.jsonl", validation)
+        write_checkpoint(target, model, tokenizer)
+        write_rows(target / "train.jsonl", rows)
+        write_rows(target / "validation.jsonl", validation)
         record = {
             "key": key,
             "environment": self.environment,
@@ -201,7 +201,8 @@ def read_record(policy: str | os.PathLike[str]) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+def write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Save a model that samples from its own distribution, and its tokenizer."""
     from transformers import GenerationConfig
     from transformers.utils import logging
 
@@ -224,7 +225,8 @@ def _write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTr
             logging.enable_progress_bar()
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """One JSON object a line, as Gym's datasets are."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
