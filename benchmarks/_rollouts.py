@@ -53,6 +53,7 @@ async def _gyms(host: str, port: int) -> Play:
     from nemo_gym.config_types import BaseServerConfig  # type: ignore[import-not-found]  it is Gym's Python that does
     from nemo_gym.rollout_collection import RolloutCollectionHelper  # type: ignore[import-not-found]
 
+    del sys.argv[1:]  # Gym would read them as its own
     helper, head = RolloutCollectionHelper(), BaseServerConfig(host=host, port=port)
 
     async def play(rows: list[dict[str, Any]], concurrency: int) -> list[float]:

@@ -20,7 +20,7 @@ from lightning_gym.gym.environments import Counter
 from lightning_gym.gym.servers import NemoGym
 
 CONFIG = "resources_servers/example_session_state_mgmt/configs/example_session_state_mgmt.yaml"
-ROLLOUTS: Mapping[int, int] = {1: 60, 8: 160, 64: 256}
+ROLLOUTS: Mapping[int, int] = {1: 30, 8: 80, 64: 128}
 """Concurrency -> rollouts a round."""
 ROUNDS = 5
 STARTS: Mapping[str, int] = {"light": 3, "stock": 2}
@@ -39,34 +39,37 @@ def measure() -> Measurement:
         name="gym",
         what="NeMo Gym's own servers (example_session_state_mgmt: 3 model calls, 3 tool calls a rollout) with a "
         "policy that answers at once, policy, servers and client on the same two cores. `ready s`: from "
-        "`NemoGym.start` to every server's answer, median; `MiB`: proportional set size of all its processes, idle, "
-        "as large as it was found. Rollouts/s: our client and Gym's own collection helper against the same running "
-        f"servers, {ROUNDS} rounds each in turn of {', '.join(f'{n} at {c}' for c, n in ROLLOUTS.items())} "
-        "concurrent; medians, and the median of the rounds' ratios.",
+        "`NemoGym.start` to every server's answer, median; `CPU s`: of its processes, until then; `MiB`: their "
+        "proportional set size, idle, as large as it was found. Rollouts/s: our client and Gym's own collection helper "
+        f"against the same running servers, {ROUNDS} rounds each in turn of "
+        f"{', '.join(f'{n} at {c}' for c, n in ROLLOUTS.items())} concurrent; medians, and the median of the rounds' "
+        "ratios.",
         rows=rows,
     )
 
 
 def _host(host: str, policy_url: str) -> Iterator[dict[str, Any]]:
     seconds: list[float] = []
+    cpu: list[float] = []
     mib: list[float] = []
     for number in range(STARTS[host]):
         mark = uuid.uuid4().hex
-        os.environ[MARK] = mark
         gym = NemoGym([CONFIG], ray=host == "stock")
-        del os.environ[MARK]
         with tempfile.TemporaryDirectory() as folder, gym:
             os.environ[MARK] = mark
             start = time.perf_counter()
             head_url = gym.start(policy_url=policy_url, api_key="k", model="policy", run_dir=Path(folder))
             seconds.append(time.perf_counter() - start)
             del os.environ[MARK]
-            mib.append(_pss_bytes(mark) / _MIB)
+            pss_bytes, cpu_seconds = _used(mark)
+            mib.append(pss_bytes / _MIB)
+            cpu.append(cpu_seconds)
             if number == STARTS[host] - 1:
                 for concurrency in ROLLOUTS:
                     yield {
                         "host": host,
                         "ready s": statistics.median(seconds),
+                        "CPU s": statistics.median(cpu),
                         "MiB": max(mib),
                         **_throughput(head_url, concurrency, gym.python),
                     }
@@ -78,7 +81,6 @@ def _throughput(head_url: str, concurrency: int, gym_python: Path) -> dict[str, 
     script = str(_FOLDER / "_rollouts.py")
     rng = random.Random(0)
     rows = [Counter.row(rng) for _ in range(ROLLOUTS[concurrency])]
-    # Gym's own client takes no part in a row that names its agent's type as ours do.
     with (
         _child([sys.executable, script, "ours", *where]) as ours,
         _child([str(gym_python.absolute()), "-P", script, "gym", *where], cwd=tempfile.gettempdir()) as gyms,
@@ -109,15 +111,16 @@ def _round(client: "subprocess.Popen[str]", rows: Sequence[Any], concurrency: in
     return answer["seconds"]
 
 
-def _pss_bytes(mark: str) -> int:
-    """Memory of every process that was started with this mark, shared pages divided by those who share them."""
-    total = 0
+def _used(mark: str) -> tuple[int, float]:
+    """Bytes (shared ones divided by those who share them) and CPU seconds of the processes that bear this mark."""
+    total_bytes, ticks = 0, 0
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
                 lines = (entry / "smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+                total_bytes += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+                ticks += sum(map(int, (entry / "stat").read_text().rpartition(")")[2].split()[11:13]))
+    return total_bytes, ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

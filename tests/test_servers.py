@@ -208,6 +208,14 @@ def test_a_server_that_dies_at_the_start_is_shown_dying_and_the_others_are_stopp
 
 
 @pytest.mark.gym
+def test_a_server_that_needs_a_package_which_is_not_there_is_told_what_to_install(tmp_path, mark):
+    config = own_server(tmp_path / "mine", "import no_such_package\n" + OWN_APP)
+    with pytest.raises(GymStartError, match=r"shout needs a package .*'no_such_package'.*shout/requirements\.txt"):
+        nemo(config).start(**POLICY, run_dir=tmp_path)
+    assert within(2, lambda: not alive(mark))
+
+
+@pytest.mark.gym
 def test_an_own_server_without_requirements_is_told_that_gym_wants_them(tmp_path):
     config = own_server(tmp_path / "mine")
     config.parents[1].joinpath("requirements.txt").unlink()

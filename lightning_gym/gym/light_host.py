@@ -253,7 +253,14 @@ def _apps(config: Any) -> Iterator[tuple[str, Any, tuple[str, int]]]:
     for server in _servers(config):
         host, port = server.settings["host"], server.settings["port"]
         os.environ[NEMO_GYM_CONFIG_PATH_ENV_VAR_NAME] = server.name  # where load_config_from_global_config looks
-        cls = _server_class(server)
+        try:
+            cls = _server_class(server)
+        except ModuleNotFoundError as error:
+            # Gym would make an environment a server, from this file; here all of them share this one.
+            sys.exit(
+                f"{server.name} needs a package that {sys.executable} does not have ({error}): install into it, with "
+                f"pip, what {_folder(server) / 'requirements.txt'} names beside nemo-gym"
+            )
         client = ServerClient(head_server_config=head, global_config_dict=config)
         instance = cls(config=cls.load_config_from_global_config(), server_client=client)
         app = instance.setup_webserver()
