@@ -86,11 +86,11 @@ class _Metronome(FakeEngine):
 def _cpu_time(folder: Path) -> dict[str, object]:
     path = folder / "cpu"
     _save_model(path, {"num_layers": 1, "hidden_size": 32, "num_kv_heads": 1})
-    with _serving(_Metronome(), path, max_output_tokens=REPLY_TOKENS) as (endpoint, ledger, send):
+    with serving(_Metronome(), path, max_output_tokens=REPLY_TOKENS) as (endpoint, ledger, send):
         clock = _clock_of_the_endpoint()
         values: list[float] = []
         for number in range(ROUNDS + 1):
-            bodies = [_body(endpoint.service.chat, f"{number}.{i}") for i in range(REQUESTS_A_ROUND)]
+            bodies = [chat_body(endpoint.service.chat, f"{number}.{i}") for i in range(REQUESTS_A_ROUND)]
             for body in bodies:
                 ledger.open(body[wire.ROLLOUT_ID], profile="train", seed=1)
             before = time.clock_gettime(clock)
@@ -115,11 +115,11 @@ def _throughput(folder: Path, name: str) -> dict[str, object]:
     model = _save_model(path, MODELS[name])
     arms: dict[str, list[float]] = {"http": [], "direct": []}
     engine = VLLMEngine(max_model_len=PROMPT_TOKENS + FORCED_TOKENS + 16, max_num_seqs=CONCURRENCY)
-    with _serving(engine, path, weights=model.state_dict(), max_output_tokens=FORCED_TOKENS) as (endpoint, _, send):
+    with serving(engine, path, weights=model.state_dict(), max_output_tokens=FORCED_TOKENS) as (endpoint, _, send):
         chat = endpoint.service.chat
         for number in range(ROUNDS + 1):
             for arm, seconds in arms.items():
-                bodies = [_body(chat, f"{arm}.{number}.{i}", rollout=False) for i in range(CONCURRENCY)]
+                bodies = [chat_body(chat, f"{arm}.{number}.{i}", rollout=False) for i in range(CONCURRENCY)]
                 seconds.append(send(bodies) if arm == "http" else _directly(engine, chat, bodies))
     http, direct = (statistics.median(CONCURRENCY * FORCED_TOKENS / s for s in arms[arm][1:]) for arm in arms)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -143,14 +143,31 @@ def _directly(engine: Engine, chat: ChatFormat, bodies: Sequence[Mapping[str, An
 
 
 @contextlib.contextmanager
-def _serving(
+def serving(
     engine: Engine, path: Path, *, max_output_tokens: int, weights: Mapping[str, torch.Tensor] | None = None
 ) -> Generator[Any]:
-    """The endpoint, its ledger, and a function that has the client send requests and returns the seconds it took."""
-    profile = SamplingProfile(max_output_tokens=max_output_tokens)
+    """A started engine behind an endpoint, the ledger, and what has requests sent and returns the seconds it took."""
     engine.start(EngineModel(path=path, dtype="float32", weights=(weights or {}).items))
     engine.update_weights(lambda: None, version=0)
     engine.resume()
+    with behind_endpoint(engine, path, max_output_tokens=max_output_tokens) as (endpoint, ledger, ask):
+
+        def send(bodies: Sequence[Mapping[str, Any]]) -> float:
+            done = ask(bodies, CONCURRENCY)
+            assert done["tokens"] == len(bodies) * max_output_tokens, done
+            return done["seconds"]
+
+        yield endpoint, ledger, send
+    engine.close()
+
+
+@contextlib.contextmanager
+def behind_endpoint(engine: Engine, path: Path, *, max_output_tokens: int) -> Generator[Any]:
+    """The endpoint of a running engine, its ledger, and a function that has a client in another process send requests.
+
+    It takes the requests' bodies and how many are sent at once, and returns seconds and tokens.
+    """
+    profile = SamplingProfile(max_output_tokens=max_output_tokens)
     ledger = Ledger()
     endpoint = Endpoint(PolicyService(engine, path, ledger, {"train": profile, "eval": profile}))
     endpoint.start()
@@ -160,22 +177,19 @@ def _serving(
         replies = client.stdout
         assert replies is not None
 
-        def send(bodies: Sequence[Mapping[str, Any]]) -> float:
-            print(json.dumps({"bodies": bodies, "concurrency": CONCURRENCY}), file=client.stdin, flush=True)
-            done = json.loads(replies.readline())
-            assert done["tokens"] == len(bodies) * max_output_tokens, done
-            return done["seconds"]
+        def ask(bodies: Sequence[Mapping[str, Any]], concurrency: int) -> dict[str, float]:
+            print(json.dumps({"bodies": bodies, "concurrency": concurrency}), file=client.stdin, flush=True)
+            return json.loads(replies.readline())
 
-        yield endpoint, ledger, send
+        yield endpoint, ledger, ask
         client.stdin.close()
     endpoint.close()
-    engine.close()
 
 
-def _body(chat: ChatFormat, name: str, *, rollout: bool = True) -> dict[str, Any]:
-    """A chat request of its own whose prompt has `PROMPT_TOKENS` tokens."""
+def chat_body(chat: ChatFormat, name: str, *, rollout: bool = True, num_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
+    """A chat request of its own whose prompt has `num_tokens` tokens."""
     text = f"{name} " + "go on with the count and say what the answer is, then stop " * 20
-    surplus = len(chat.encode(chat.render([{"role": "user", "content": text}]))) - PROMPT_TOKENS
+    surplus = len(chat.encode(chat.render([{"role": "user", "content": text}]))) - num_tokens
     assert surplus > 0
     ids = chat.encode(text)
     messages = [{"role": "user", "content": chat.decode(ids[: len(ids) - surplus])}]
