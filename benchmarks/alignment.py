@@ -8,6 +8,7 @@ import json
 import math
 import random
 import statistics
+import time
 import timeit
 from collections.abc import Callable
 from typing import Any
@@ -38,8 +39,8 @@ def measure() -> Measurement:
     return Measurement(
         name="alignment",
         what=f"One rollout: prompt of {PROMPT_TOKENS} tokens, {TOOL_TOKENS} tokens of a tool between turns, the ids of "
-        f"every call whole in the result, as Gym sends them. {REPEATS} of each way in turn, medians; `over json.loads` "
-        "is the median of the ratios. A token is one of the trajectory, prompt or sampled.",
+        f"every call whole in the result, as Gym sends them. CPU time, {REPEATS} of each way in turn, medians; `over "
+        "json.loads` is the median of the ratios. A token is one of the trajectory, prompt or sampled.",
         rows=[_row(turns, sampled) for turns, sampled in SHAPES],
     )
 
@@ -57,7 +58,7 @@ def _row(turns: int, sampled: int) -> dict[str, object]:
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(REPEATS):
         for arm, run in arms.items():
-            seconds[arm].append(timeit.timeit(run, number=at_once) / at_once)
+            seconds[arm].append(timeit.timeit(run, timer=time.process_time, number=at_once) / at_once)
     median = {arm: statistics.median(values) for arm, values in seconds.items()}
     ratios = [ours / parse for ours, parse in zip(seconds["ours"], seconds["json.loads"], strict=True)]
     return {

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning_gym.gym.number_arrays import NumberArray
 from lightning_gym.gym.wire import Bundle, Played
 from lightning_gym.policy.ledger import Entry
 from lightning_gym.rollout import Call, Failure, FailureKind, Misaligned, Misalignment, Rollout
@@ -134,8 +135,12 @@ def _confirmed(calls: Sequence[Call], bundles: Sequence[Bundle]) -> set[int] | M
     order: list[int] = []
     for position, bundle in enumerate(bundles):
         expected = order[-1] + 1 if order else 0
-        candidates = (*range(expected, len(calls)), *range(expected))
-        found = next((index for index in candidates if index not in order and _same_ids(calls[index], bundle)), None)
+        before = (calls[order[-1]], bundles[position - 1]) if order else None
+        if expected < len(calls) and expected not in order and _same_ids(calls[expected], bundle, before):
+            found = expected  # nearly always
+        else:
+            others = (*range(expected, len(calls)), *range(expected))
+            found = next((other for other in others if other not in order and _same_ids(calls[other], bundle)), None)
         if found is None or len(bundle.logprobs) != len(calls[found].logprobs):
             duplicate = any(_same_ids(calls[index], bundle) for index in order)
             return _disagreement(position, bundle, calls, expected, duplicate=duplicate)
@@ -150,8 +155,19 @@ def _confirmed(calls: Sequence[Call], bundles: Sequence[Bundle]) -> set[int] | M
     return _early(order, calls) or set(order)
 
 
-def _same_ids(call: Call, bundle: Bundle) -> bool:
-    return bundle.token_ids == call.token_ids and bundle.prompt_ids == call.prompt_ids[:]
+def _same_ids(call: Call, bundle: Bundle, before: tuple[Call, Bundle] | None = None) -> bool:
+    """Whether a bundle has the ids of a call; `before` has those of another, of which this may be the continuation.
+
+    Then only what is new in the prompt is compared number by number, the rest as text with what came back before.
+    """
+    if bundle.token_ids != call.token_ids:
+        return False
+    if before is not None and call.continues(before[0]):
+        known, prompt = before[1].prompt_ids, bundle.prompt_ids
+        new = prompt.after(known) if isinstance(prompt, NumberArray) and isinstance(known, NumberArray) else None
+        if new is not None:
+            return new == call.prompt_ids[len(before[0].prompt_ids) :]
+    return bundle.prompt_ids == call.prompt_ids[:]
 
 
 def _wrong_logprob(call: Call, bundle: Bundle) -> int | None:

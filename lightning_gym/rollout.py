@@ -114,12 +114,15 @@ class Call:
     def continues(self, earlier: "Call") -> bool:
         """Whether this call's prompt starts with everything that `earlier` was fed and sampled, id for id.
 
-        Compared as they are, for a spliced prompt holds the very objects of the earlier one: comparing those costs a
-        tenth of making an array of them.
+        Compared as they are, for a spliced prompt holds the very objects of the earlier one, or is kept in the same
+        list: comparing those costs a tenth of making an array of them.
         """
         start, end = len(earlier.prompt_ids), earlier.num_tokens
         prompt = self.prompt_ids
-        return len(prompt) >= end and prompt[start:end] == earlier.token_ids and prompt[:start] == earlier.prompt_ids
+        if len(prompt) < end or prompt[start:end] != earlier.token_ids:
+            return False
+        begins_with = getattr(prompt, "begins_with", None)
+        return begins_with(earlier.prompt_ids) if begins_with else prompt[:start] == earlier.prompt_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,15 +78,15 @@ def trajectories(rollout: Rollout) -> list[Trajectory]:
 def _segment(rollout: Rollout, index: int, calls: Sequence[Call]) -> Trajectory:
     last = calls[-1]
     token_ids = np.empty(last.num_tokens, dtype=np.int64)
-    pack_into(f"{last.num_tokens}q", token_ids.data, 0, *last.prompt_ids, *last.token_ids)
+    pack_into(f"{last.num_tokens}q", token_ids.data, 0, *last.prompt_ids[:], *last.token_ids)
     loss_mask = np.zeros(len(token_ids), dtype=np.bool_)
-    logprobs = np.zeros(len(token_ids), dtype=np.float32)
     versions = np.full(len(token_ids), -1, dtype=np.int64)
     for call in calls:
-        span = slice(len(call.prompt_ids), call.num_tokens)
+        span = slice(len(call.prompt_ids), len(call.prompt_ids) + len(call.token_ids))
         loss_mask[span] = True
-        logprobs[span] = _checked_logprobs(call, rollout)
         versions[span] = call.weight_version
+    logprobs = np.zeros(len(token_ids), dtype=np.float32)
+    logprobs[loss_mask] = _checked_logprobs(calls, rollout)
     return Trajectory(
         rollout_id=rollout.rollout_id,
         segment=index,
@@ -110,12 +110,19 @@ def _check_counts(call: Call, rollout: Rollout) -> None:
         )
 
 
-def _checked_logprobs(call: Call, rollout: Rollout) -> npt.NDArray[np.float64]:
-    logprobs = np.empty(len(call.logprobs), dtype=np.float64)
-    pack_into(f"{len(call.logprobs)}d", logprobs.data, 0, *call.logprobs)  # a third of the time of `np.array`
-    good = (logprobs <= _LOGPROB_SLACK) & (logprobs > -np.inf)
-    if not good.all():
-        position = int(good.argmin())
+def _checked_logprobs(calls: Sequence[Call], rollout: Rollout) -> npt.NDArray[np.float64]:
+    """Of all sampled tokens of a segment, in order: a call's tokens lie behind those of the calls before it."""
+    logprobs = np.empty(sum([len(call.logprobs) for call in calls]), dtype=np.float64)
+    start = 0
+    for call in calls:
+        pack_into(f"{len(call.logprobs)}d", logprobs.data, start, *call.logprobs)  # a third of the time of `np.array`
+        start += len(call.logprobs) * logprobs.itemsize
+    if not (logprobs.max() <= _LOGPROB_SLACK and logprobs.min() > -np.inf):  # the maximum of a NaN is one
+        position = int(((logprobs <= _LOGPROB_SLACK) & (logprobs > -np.inf)).argmin())
+        for call in calls:
+            if position < len(call.logprobs):
+                break
+            position -= len(call.logprobs)
         raise AlignmentError(
             f"{_where(call, rollout)}: logprob of sampled token {position} is {call.logprobs[position]}; expected a "
             "finite number of at most 0"

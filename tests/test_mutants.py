@@ -13,7 +13,10 @@ from tests.mutants import MUTANTS, ROOT, faulty, node, source, table
 IN_THE_FULL_TIER = ["alignment:", "advantages:", "loss: the mean", "batch:", "splice:", "sync: one tensor"]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(mutant, id=mutant.name, marks=[pytest.mark.full] * mutant.needs_vllm) for mutant in MUTANTS],
+)
 def test_a_fault_has_its_place_and_its_test(mutant):
     text = (ROOT / source(mutant)).read_text()
     ast.parse(faulty(mutant, text))

@@ -139,6 +139,31 @@ def test_ids_that_are_still_text_and_ids_that_share_a_list_are_compared_alike(in
     assert isinstance(reconcile(entry_of(first, replace(second, token_ids=[8])), bundles), Misaligned)
 
 
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+@pytest.mark.parametrize("position", range(7))
+def test_one_other_id_anywhere_in_a_later_prompt_is_seen_in_text_too(position, separators):
+    prompt = SharedIds([1, 2])
+    first = replace(call(0), prompt_ids=prompt)
+    second = replace(call(1, tokens=(7,)), prompt_ids=prompt.grown_to([1, 2, 3, 4, 9, 10, 11]))
+
+    def back(ids):
+        bundles = [(first, [1, 2]), (second, ids)]
+        items = [
+            dict(zip(wire.TOKEN_BUNDLE, (prompt_ids, one.token_ids, one.logprobs), strict=True))
+            for one, prompt_ids in bundles
+        ]
+        text = json.dumps({"response": {"output": items}, "reward": 1}, separators=separators)
+        return wire.read_run_response(wire.decode_run_response(text.encode())).bundles
+
+    ids = [1, 2, 3, 4, 9, 10, 11]
+    assert reconcile(entry_of(first, second), back(ids)) == [first, second]
+    for other in (0, 12, 10 * ids[position]):
+        changed = [*ids[:position], other, *ids[position + 1 :]]
+        assert reconcile(entry_of(first, second), back(changed)).how is Misalignment.NOT_SERVED
+    for shorter in (ids[:position], [*ids, 5]):
+        assert isinstance(reconcile(entry_of(first, second), back(shorter)), Misaligned)
+
+
 # -- a result that lost every id
 
 

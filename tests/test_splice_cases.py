@@ -606,6 +606,14 @@ def test_two_prompts_that_grow_from_one_do_not_touch_each_other():
         True,
         False,
     )
+    assert [one.begins_with(left) for one in (further, right, first, SharedIds([1, 2, 3]))] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert left.begins_with([1, 2])
+    assert not left.begins_with([1, 4])
     with pytest.raises(IndexError):
         left[3]
 

@@ -56,6 +56,17 @@ class NumberArray(Sequence[Number]):
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  equal to lists, which have none
 
+    def after(self, beginning: "NumberArray") -> "NumberArray | None":
+        """What stands here after the numbers of `beginning`; ``None`` where that is not seen in the text.
+
+        Example:
+            >>> first = NumberArray(b"[1,20]")
+            >>> NumberArray(b"[1,20,3]").after(first), NumberArray(b"[1,203]").after(first)
+            (NumberArray(b'[3]'), None)
+        """
+        opened = beginning._text[:-1] + b","  # noqa: SLF001  of its own class
+        return NumberArray(b"[" + self._text[len(opened) :]) if self._text.startswith(opened) else None
+
     def __len__(self) -> int:
         return len(self.values)
 

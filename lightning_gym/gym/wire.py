@@ -117,7 +117,9 @@ def decode_run_response(content: bytes) -> Any:
     try:
         body = msgspec.json.decode(text)
         for item in body["response"]["output"]:
-            item.update({key: array_at(item[key], arrays) for key in TOKEN_BUNDLE if key in item})
+            for key in TOKEN_BUNDLE:
+                if key in item:
+                    item[key] = array_at(item[key], arrays)
     except (msgspec.DecodeError, TypeError, LookupError, AttributeError):  # `read_run_response` says what is wrong
         return msgspec.json.decode(content)
     return body
@@ -187,7 +189,7 @@ def _prompt(params: Any) -> list[dict[str, Any]]:
 
 def _bundle(item: Mapping[str, Any]) -> Bundle | None:
     """What an item has of the three; ``None`` where it has nothing, or says that nothing was sampled."""
-    prompt_ids, token_ids, logprobs = (item.get(key) for key in TOKEN_BUNDLE)
+    prompt_ids, token_ids, logprobs = [item.get(key) for key in TOKEN_BUNDLE]
     if not logprobs and (not token_ids if prompt_ids is None else token_ids is not None and not token_ids):
         return None
     arrays: list[Any] = [

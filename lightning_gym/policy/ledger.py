@@ -52,6 +52,14 @@ class SharedIds(Sequence[int]):
         grown._length = len(ids)
         return grown
 
+    def begins_with(self, other: Sequence[int]) -> bool:
+        """Whether these start with all of `other`; known without looking where both are in the same list."""
+        if len(self) < len(other):
+            return False
+        if isinstance(other, SharedIds) and other._ids is self._ids:  # noqa: SLF001  of its own class
+            return True
+        return self[: len(other)] == other[:]
+
     def tolist(self) -> list[int]:
         """A list of its own; right whatever another thread adds meanwhile."""
         return self._ids[: self._length]
@@ -67,12 +75,19 @@ class SharedIds(Sequence[int]):
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self.tolist()[index] if isinstance(index, slice) else self._ids[range(self._length)[index]]
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._length)
+            return self._ids[start:stop:step] if step > 0 else self.tolist()[index]
+        return self._ids[range(self._length)[index]]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SharedIds | list):
             return NotImplemented
-        return len(self) == len(other) and self.tolist() == (other if isinstance(other, list) else other.tolist())
+        if len(self) != len(other):
+            return False
+        if isinstance(other, list):
+            return self.tolist() == other
+        return self._ids is other._ids or self.tolist() == other.tolist()
 
     def __repr__(self) -> str:
         return f"SharedIds({self.tolist()})"
