@@ -21,6 +21,7 @@ from lightning_gym.colocation import CollectSettings, Colocation
 from lightning_gym.corrections import none as no_correction
 from lightning_gym.errors import ConfigError, StalePolicyError
 from lightning_gym.evaluation import Evaluation, EvaluationGroup, EvaluationTasks, evaluate
+from lightning_gym.export import RECORD, policy_record
 from lightning_gym.gym.servers import Gym
 from lightning_gym.ladder import SyncMode
 from lightning_gym.memory_budget import Precision
@@ -30,8 +31,10 @@ from lightning_gym.policy.parsers import BUILTIN
 from lightning_gym.policy_checks import check_sampling
 from lightning_gym.preconditions import check_trainer
 from lightning_gym.ranks import rank_dir
+from lightning_gym.replay import Replay
 from lightning_gym.resume import rewind_fit_loop
 from lightning_gym.rollout import SamplingProfile
+from lightning_gym.rollout_log import FILE_NAME as ROLLOUTS
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.scores import PREFIX, REWARD
 from lightning_gym.stream import RolloutStream
@@ -40,6 +43,7 @@ from lightning_gym.trainer_logprobs import FILE_NAME, TrainerLogprobs, logprobs_
 from lightning_gym.validation import ranks_of
 
 _log = logging.getLogger(__name__)
+VAL_ROLLOUTS = "val_rollouts.jsonl"
 
 
 class GymCallback(L.Callback):
@@ -52,6 +56,8 @@ class GymCallback(L.Callback):
     Args:
         engine: what samples, for example `lightning_gym.VLLMEngine`.
         gym: what plays, for example `lightning_gym.EmbeddedGym`.
+        replay: a ``rollouts.jsonl``, or a run directory that holds one, to train on in place of engine and Gym, which
+            then are not needed, and not started where they are given; see `lightning_gym.replay`.
         policy: attribute of the LightningModule that holds the causal language model; dots reach deeper.
         model_path: directory with the model's config, tokenizer and chat template; ``None``: where the model was
             loaded from (``model.name_or_path``).
@@ -73,8 +79,8 @@ class GymCallback(L.Callback):
             sampled ones whatever a parser makes of them.
         reasoning_parser: how they see reasoning: ``"builtin"`` (``<think>``), a name in vLLM's registry
             (``"deepseek_r1"``, ``"qwen3"``, ...), or ``None``.
-        log_rollouts: write ``rollouts.jsonl`` into the run directory, ``val_rollouts.jsonl`` of validations, and
-            ``trainer_logprobs.jsonl`` where the module's ``training_step`` returns
+        log_rollouts: write ``rollouts.jsonl`` into the run directory, or where a path says; ``val_rollouts.jsonl`` of
+            validations; and ``trainer_logprobs.jsonl`` where the module's ``training_step`` returns
             ``{"loss": loss, "logprobs": logprobs}`` instead of the loss alone.
         run_dir: where logs go; ``None``: the Trainer's ``log_dir``, or its ``default_root_dir``.
 
@@ -86,8 +92,9 @@ class GymCallback(L.Callback):
     def __init__(
         self,
         *,
-        engine: Engine,
-        gym: Gym,
+        engine: Engine | None = None,
+        gym: Gym | None = None,
+        replay: str | Path | None = None,
         policy: str = "model",
         model_path: str | Path | None = None,
         sampling: SamplingProfile | None = None,
@@ -103,7 +110,7 @@ class GymCallback(L.Callback):
         endpoint_api_key: str | None = None,
         tool_parser: str | None = BUILTIN,
         reasoning_parser: str | None = BUILTIN,
-        log_rollouts: bool = True,
+        log_rollouts: bool | str | Path = True,
         run_dir: str | Path | None = None,
     ) -> None:
         train = sampling or SamplingProfile()
@@ -120,11 +127,13 @@ class GymCallback(L.Callback):
             reasoning_parser=reasoning_parser,
         )
         profiles: dict[Profile, SamplingProfile] = {"train": train, "eval": eval_sampling or train}
-        self.colocation = Colocation(engine, gym, profiles, settings, sync_mode=sync_mode)
+        self.colocation = _colocation(engine, gym, replay, profiles, settings, sync_mode)
         self.history: list[dict[str, float]] = []
         """One entry a finished optimizer step: everything that was logged for it."""
         self.evaluations: list[dict[str, float]] = []
         """One entry a validation, the sanity check excepted: the optimizer step, and everything that was logged."""
+        self.last_evaluation: Evaluation | None = None
+        """The latest of them with its rollouts."""
         self._handed_out = _HandedOut(step=0, start=0, stop=0)
         self._policy = policy
         self._model_path = None if model_path is None else Path(model_path)
@@ -196,17 +205,24 @@ class GymCallback(L.Callback):
         # Rank 0's: a time in a path is another one on every rank that a launcher starts.
         run_dir = trainer.strategy.broadcast(Path(self._run_dir or trainer.log_dir or trainer.default_root_dir))
         run_dir = rank_dir(run_dir, trainer.global_rank)
-        model_path = self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]
+        model_path = self.path_of(model)
         resume, tasks = trainer.ckpt_path is not None, list[Task]()
         if trainer.state.fn == TrainerFn.FITTING and self._stream is not None:
             tasks += self._stream.tasks
-            if self._log_rollouts:
-                self._stream.log = RolloutLog(run_dir / "rollouts.jsonl", model_path, resume=resume)
+            if self._log_rollouts and not isinstance(self.colocation, Replay):
+                path = run_dir / ROLLOUTS
+                if self._log_rollouts is not True:
+                    path = Path(self._log_rollouts)
+                    path = rank_dir(path.parent, trainer.global_rank) / path.name
+                sampling = self.colocation.profiles["train"]
+                self._stream.log = RolloutLog(path, model_path, resume=resume, sampling=sampling)
                 self._trainer_logprobs = TrainerLogprobs(run_dir / FILE_NAME, resume=resume)
         if self._validation is not None:
             tasks += self._validation[0].tasks
             if self._log_rollouts:
-                self._evaluation_log = RolloutLog(run_dir / "val_rollouts.jsonl", model_path, resume=resume)
+                sampling = self.colocation.profiles["eval"]
+                path = run_dir / VAL_ROLLOUTS
+                self._evaluation_log = RolloutLog(path, model_path, resume=resume, sampling=sampling)
         self._is_up = True
         self.colocation.start(
             model,
@@ -243,6 +259,10 @@ class GymCallback(L.Callback):
             num_micro_batches=trainer.accumulate_grad_batches,
             loss_divisor=trainer.accumulate_grad_batches,
         )
+        if isinstance(self.colocation, Replay):
+            with trainer.strategy.precision_plugin.forward_context():
+                model = self.find_policy(trainer.lightning_module)
+                self.colocation.compare(model, batches, step=trainer.global_step)
         self._step_metrics = stream.metrics | self.colocation.take_sync_metrics()
         self._handed_out = _HandedOut(step=trainer.global_step, start=start, stop=stream.cursor.position)
         self._clock = metrics.PhaseClock()
@@ -256,7 +276,8 @@ class GymCallback(L.Callback):
                 f"expected a TrajectoryBatch from GymDataModule's loader, got {type(batch).__name__}; is it wrapped?"
             )
         assert self._stream is not None
-        _check_on_policy(batch, trainer.global_step, max_lag=self._stream.settings.updates_per_collection - 1)
+        if not isinstance(self.colocation, Replay):  # which tells of its lag instead
+            _check_on_policy(batch, trainer.global_step, max_lag=self._stream.settings.updates_per_collection - 1)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # Lightning's loggers see a window's last batch only
             values = dict(self._step_metrics)
             pl_module.log_dict({metrics.REWARD: values.pop(metrics.REWARD)}, prog_bar=True, batch_size=1)
@@ -293,9 +314,15 @@ class GymCallback(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._evaluation is not None and not trainer.sanity_checking:
+            self.last_evaluation = self._evaluation
             self.evaluations.append({"step": float(trainer.global_step)} | self._evaluation.metrics())
         self._evaluation = None
         self._clock.go_on()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What ``lightning-gym export`` needs beside the weights."""
+        model = self.find_policy(pl_module)
+        checkpoint[RECORD] = policy_record(model, attribute=self._policy, model_path=self.path_of(model))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close()
@@ -309,6 +336,10 @@ class GymCallback(L.Callback):
         for log in (self._evaluation_log, self._trainer_logprobs, None if self._stream is None else self._stream.log):
             if log is not None:
                 log.close()
+
+    def path_of(self, model: nn.Module) -> Path:
+        """The directory with the policy's config, tokenizer and chat template."""
+        return self._model_path or Path(model.config.name_or_path)  # type: ignore[union-attr]  a transformers model
 
     def find_policy(self, pl_module: L.LightningModule) -> nn.Module:
         """The causal language model that `policy` names.
@@ -325,6 +356,24 @@ class GymCallback(L.Callback):
                 "transformers causal language model being trained. Name its attribute: GymCallback(policy=...)"
             )
         return found
+
+
+def _colocation(
+    engine: Engine | None,
+    gym: Gym | None,
+    replay: str | Path | None,
+    profiles: dict[Profile, SamplingProfile],
+    settings: CollectSettings,
+    sync_mode: SyncMode,
+) -> Colocation:
+    if replay is not None:
+        return Replay(replay)
+    if engine is None or gym is None:
+        raise ConfigError(
+            f"GymCallback was given engine={engine!r} and gym={gym!r}; it needs both to play, or replay=... to train "
+            "on the rollouts of an earlier run"
+        )
+    return Colocation(engine, gym, profiles, settings, sync_mode=sync_mode)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--limit", type=int, default=2000, help="hold at most this many rollouts")
     report.add_argument("--step", type=int, default=None, help="hold the rollouts of this optimizer step only")
     report.set_defaults(command=_report)
+    _add_export_arguments(commands.add_parser("export", help="the policy of a checkpoint as a transformers directory"))
     doctor = commands.add_parser("doctor", help="what a model's chat template does, and what that means for training")
     doctor.add_argument("--model", type=Path, required=True, help="directory of a transformers model")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -108,6 +109,15 @@ def _add_warm_start_arguments(warm_start: argparse.ArgumentParser) -> None:
             option = f"--{field.name.replace('_', '-')}"
             warm_start.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{field.default} by default")
     warm_start.set_defaults(command=_warm_start)
+
+
+def _add_export_arguments(export: argparse.ArgumentParser) -> None:
+    export.add_argument("checkpoint", type=Path, help="of a Lightning Trainer")
+    export.add_argument("directory", type=Path, help="to be made")
+    export.add_argument("--model-path", default=None, help="config and tokenizer; by default those of the run's start")
+    export.add_argument("--policy", default=None, help="attribute of the module that holds the model")
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, instead of merging it")
+    export.set_defaults(command=_export)
 
 
 def _warm_start(arguments: argparse.Namespace) -> None:
@@ -152,11 +162,19 @@ def _train(arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "lightning_gym.train", *arguments])  # noqa: S606  no shell
 
 
+_OPTIONS = {
+    "--devices": "++trainer.devices",
+    "--save-rollouts": "++callback.log_rollouts",
+    "--load-rollouts": "++callback.replay",
+}
+
+
 def _overrides(arguments: list[str]) -> list[str]:
-    """Hydra's overrides; a bare first word is a recipe, ``--devices N`` is ``++trainer.devices=N``."""
-    if "--devices" in arguments[:-1]:
-        place = arguments.index("--devices")
-        arguments = [*arguments[:place], f"++trainer.devices={arguments[place + 1]}", *arguments[place + 2 :]]
+    """Hydra's overrides; a bare first word is a recipe, ``--devices N`` is ``++trainer.devices=N``, and so on."""
+    for option, key in _OPTIONS.items():
+        if option in arguments[:-1]:
+            place = arguments.index(option)
+            arguments = [*arguments[:place], f"{key}={arguments[place + 1]}", *arguments[place + 2 :]]
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         return [f"recipe={arguments[0]}", *arguments[1:]]
     return arguments
@@ -244,6 +262,14 @@ def _report(arguments: argparse.Namespace) -> None:
         arguments.run_dir, arguments.out, model=arguments.model, max_rollouts=arguments.limit, step=arguments.step
     )
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from lightning_gym.export import export, read_checkpoint
+
+    checkpoint = read_checkpoint(arguments.checkpoint, model_path=arguments.model_path, attribute=arguments.policy)
+    export(checkpoint, arguments.directory, adapter=arguments.adapter)
+    print(arguments.directory)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -261,7 +261,7 @@ class Colocation:
         """
         if self._sync is None:
             raise EngineError("the colocation has not been started")
-        if self._engine.weight_version != version:
+        if self._engine.weight_version != version or "weights" in self._engine.asleep:
             report = self._sync.sync(version)
             self._report = report
             self.endpoint.service.stats.sync_seconds += report.seconds
@@ -326,12 +326,14 @@ class Colocation:
             raise EngineError("the colocation has not been started")
         with random_state_kept():
             self._sync.check_unchanged()
+            self._sync.wake()
             self._engine.resume()
             try:
                 yield
             finally:
                 self._engine.pause()
             self._sync.check_unchanged()
+            self._sync.rest()
 
     def close(self) -> None:
         """Stop everything that was started, last first; bounded, idempotent, never raises. Then it may start again."""

@@ -150,12 +150,15 @@ class GymDataModule(L.LightningDataModule):
             self._setup_training()
 
     def _setup_training(self) -> None:
-        if self.stream is None:
-            tasks = read_tasks(self._train, agent=self._agent)
-            self.stream = RolloutStream(
-                tasks, self._settings, seed=self._seed, shuffle=self._shuffle, agent_weights=self._agent_weights
-            )
+        self.stream = self.stream or self.make_stream()
         self._callback().attach(self.stream)
+
+    def make_stream(self) -> RolloutStream:
+        """Read the tasks, and begin their order."""
+        tasks = read_tasks(self._train, agent=self._agent)
+        return RolloutStream(
+            tasks, self._settings, seed=self._seed, shuffle=self._shuffle, agent_weights=self._agent_weights
+        )
 
     def train_dataloader(self) -> "WindowLoader":
         """The loader. Do not wrap it: a wrapper without a length makes Lightning fetch ahead."""

@@ -15,6 +15,7 @@
     │   ├── PromptTooLongError          a prompt leaves no room for a token; the endpoint's one overflow reply
     │   └── WeightSyncError             weights could not be handed over, or the check afterwards disagreed
     ├── AlignmentError (ValueError)     two things that must agree token for token do not
+    ├── OutOfSpaceError (OSError)       a disk is full
     ├── LogError (OSError)              the rollout log cannot be written, as on a full disk
     ├── NotFiniteError (ArithmeticError) a loss is NaN or infinite
     └── StalePolicyError (RuntimeError) a token to be trained on was sampled from other weights than allowed
@@ -76,6 +77,10 @@ class WeightSyncError(EngineError):
 
 class AlignmentError(LightningGymError, ValueError):
     """Token ids, log-probabilities or masks that must agree do not."""
+
+
+class OutOfSpaceError(LightningGymError, OSError):
+    """The disk that something is written to is full."""
 
 
 class LogError(LightningGymError, OSError):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_gym.errors import EngineDeadError, EngineError, EngineStartError, RequestAbortedError, WeightSyncError
-from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
+from lightning_gym.policy.engine import Deliver, EngineModel, Generation, Part, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ class FakeEngine:
         logprob: what to report instead of the model's: ``(position, token id) -> nats``; a function that is different
             for every pair shows any misplaced token.
         max_num_seqs: accepted for likeness; requests are answered one after the other.
+        can_sleep: whether it gives memory back; weights that slept are not numbers until they are written.
     """
 
     def __init__(
@@ -32,10 +33,14 @@ class FakeEngine:
         script: Callable[[Sequence[int], int], list[int]] | None = None,
         logprob: Callable[[int, int], float] | None = None,
         max_num_seqs: int = 1,
+        can_sleep: bool = False,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.events: list[str] = []
-        """What was asked of the engine, in order: ``start``, ``update:3``, ``resume``, ``pause``, ``close``."""
+        """What was asked of the engine, in order: ``start``, ``update:3``, ``resume``, ``pause``, ``sleep:kv_cache``,
+        ``sleep:weights`` (both), ``wake:weights``, ``wake:kv_cache``, ``close``."""
+        self.can_sleep = can_sleep
+        self.asleep: frozenset[Part] = frozenset()
         self._max_model_len = max_model_len
         self._script = script
         self._logprob = logprob
@@ -63,6 +68,7 @@ class FakeEngine:
             raise EngineStartError("this engine runs already; close it first")
         self.events.append("start")
         self._version, self._running, self._closed = None, False, False
+        self.asleep = frozenset()
         try:
             config = AutoConfig.from_pretrained(model.path)
             with torch.random.fork_rng(devices=[]):
@@ -91,6 +97,8 @@ class FakeEngine:
     def resume(self) -> None:
         if self._version is None:
             raise WeightSyncError("the engine was resumed before its first weight sync")
+        if self.asleep:
+            raise EngineError(f"the engine was resumed while its {', '.join(sorted(self.asleep))} slept; wake it up")
         self.events.append("resume")
         self._set(running=True)
 
@@ -102,9 +110,27 @@ class FakeEngine:
         for _, _, deliver in waiting.values():
             deliver(RequestAbortedError("the engine was paused"))
 
+    def sleep(self, *, weights: bool) -> None:
+        if not self.can_sleep:
+            raise EngineError("this engine cannot sleep: FakeEngine(can_sleep=True) can")
+        if self._running:
+            raise EngineError("the engine was put to sleep while it runs; pause it first")
+        self.events.append("sleep:weights" if weights else "sleep:kv_cache")
+        self.asleep = frozenset({"kv_cache", "weights"} if weights else {"kv_cache"})
+        if weights:
+            for parameter in self._model.parameters():
+                parameter.data.fill_(float("nan"))
+
+    def wake_up(self, part: Part) -> None:
+        if part in self.asleep:
+            self.events.append(f"wake:{part}")
+            self.asleep -= {part}
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         import torch
 
+        if self.asleep:
+            raise EngineError(f"the engine was asked for logprobs while its {', '.join(sorted(self.asleep))} slept")
         ids = torch.tensor([list(token_ids)])
         values = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         return values.gather(-1, ids[0, 1:, None])[:, 0].tolist()

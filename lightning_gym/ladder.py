@@ -11,17 +11,15 @@
     (quantised, mixture of experts, sharded).
 """
 
-import contextlib
 import ctypes
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gym.errors import WeightSyncError
 from lightning_gym.policy.engine import Engine
-from lightning_gym.sharding import buckets, gather_into, whole
 from lightning_gym.weights import Weight, checkpoint_weights
 
 SyncMode = Literal["auto", "share", "copy", "reload"]
@@ -44,8 +42,16 @@ class Rung(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """The engine lost what it had: write all of it next time."""
+        ...
+
     def abstain(self) -> None:
         """After a failure on this rank: take part in what the other ranks still gather, and write nothing."""
+        ...
+
+    def close(self, weights: Sequence[Weight]) -> None:
+        """Leave the model with tensors of its own, and nothing behind."""
         ...
 
 
@@ -93,7 +99,7 @@ class Share:
 
     @torch.no_grad()
     def write(self) -> tuple[int, int]:
-        _synchronize()
+        synchronize()
         if self._adopted:
             return 0, 0
         for weight in self._weights:
@@ -104,6 +110,10 @@ class Share:
         _give_freed_memory_back()
         return sum(view.nbytes for view in self._views.values()), len(self._views)
 
+    def forget(self) -> None:
+        """Not possible: what is lost is the trainer's."""
+        raise WeightSyncError("the engine lost weights that it shares with the trainer")
+
     def abstain(self) -> None:
         """Nothing is gathered: what is shared is whole."""
 
@@ -113,32 +123,11 @@ class Share:
             return []
         return [w.name for w in weights if w.parameter.data_ptr() != self._views[w.name].data_ptr()]
 
-    def release(self, weights: Sequence[Weight]) -> None:
-        """Give the parameters storages of their own again."""
+    def close(self, weights: Sequence[Weight]) -> None:
         if self._adopted:
             for weight in weights:
                 weight.parameter.data = weight.parameter.data.clone()
             self._adopted = False
-
-
-_ONE_THREAD_BYTES = 1 << 20
-"""What one core copies in the time in which it would wake others: tens of microseconds."""
-
-
-@contextlib.contextmanager
-def _one_thread() -> Generator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """One call for all tensors; torch.optim's own foreach steps rest on it. torch 2.13, ``_foreach_copy_``."""
-    if pairs:
-        torch._foreach_copy_([view for view, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateUsage]
 
 
 def _give_freed_memory_back() -> None:
@@ -148,148 +137,7 @@ def _give_freed_memory_back() -> None:
         libc.malloc_trim(0)
 
 
-class Copy:
-    """Writes the trainer's tensors into the engine's.
-
-    Args:
-        views: of the engine.
-    """
-
-    name: SyncMode = "copy"
-
-    def __init__(self, views: Mapping[str, Tensor]) -> None:
-        self._views = views
-        self._frozen = _Frozen()
-        self._planned: tuple[Sequence[Weight], list[bool]] = ((), [])
-        """Weights and which of them train, that the plan was made for."""
-        self._plan = _Plan((), views)
-        self._at_rest: list[Weight] = []
-        self._due: list[_Plan] = []
-
-    def begin(self, weights: Sequence[Weight]) -> None:
-        trains = [weight.parameter.requires_grad for weight in weights]
-        if weights is not self._planned[0] or trains != self._planned[1]:
-            self._planned = (weights, trains)
-            self._plan = _Plan([weight for weight in weights if _Frozen.moves(weight)], self._views)
-            self._at_rest = [weight for weight in weights if not _Frozen.moves(weight)]
-        self._due = [self._plan]
-        if due := self._frozen.due(self._at_rest):
-            self._due.append(_Plan(due, self._views))
-
-    @torch.no_grad()
-    def write(self) -> tuple[int, int]:
-        _synchronize()
-        for plan in self._due:
-            plan.write()
-        _synchronize()
-        return sum(plan.num_bytes for plan in self._due), sum(plan.num_tensors for plan in self._due)
-
-    def abstain(self) -> None:
-        """Nothing is gathered: every rank holds all of it."""
-
-
-class _Plan:
-    """Which tensor goes where, worked out once.
-
-    Args:
-        weights: to be written.
-        views: of the engine.
-    """
-
-    def __init__(self, weights: Sequence[Weight], views: Mapping[str, Tensor]) -> None:
-        pairs = [(views[weight.name], weight.parameter) for weight in weights if weight.adapter is None]
-        small = [view.nbytes <= _ONE_THREAD_BYTES and view.device.type == "cpu" for view, _ in pairs]
-        self._small = [pair for pair, is_small in zip(pairs, small, strict=True) if is_small]
-        self._large = [pair for pair, is_small in zip(pairs, small, strict=True) if not is_small]
-        self._adapted = [(views[weight.name], weight) for weight in weights if weight.adapter is not None]
-        self.num_tensors = len(weights)
-        self.num_bytes = sum(views[weight.name].nbytes for weight in weights)
-
-    def write(self) -> None:
-        with _one_thread():
-            _copy_all(self._small)
-        _copy_all(self._large)
-        for view, weight in self._adapted:  # one at a time: a merged weight is a new tensor
-            view.copy_(weight.tensor())
-
-
-class GatheredCopy:
-    """Writes a sharded policy's tensors into the engine's; collective.
-
-    Args:
-        model: the policy.
-        views: of the engine.
-    """
-
-    name: SyncMode = "copy"
-
-    def __init__(self, model: nn.Module, views: Mapping[str, Tensor]) -> None:
-        self._model = model
-        self._views = views
-        self._frozen = _Frozen()
-        self._due: Sequence[Weight] = ()
-        self._buckets: Iterator[list[Weight]] = iter(())
-
-    def begin(self, weights: Sequence[Weight]) -> None:
-        self._due = self._frozen.due(weights)
-        self._buckets = buckets(self._model, self._due, Weight.parameters)
-
-    @torch.no_grad()
-    def write(self) -> tuple[int, int]:
-        _synchronize()
-        for bucket in self._buckets:
-            self._gather(bucket, self._views)
-        _synchronize()
-        return sum(self._views[weight.name].nbytes for weight in self._due), len(self._due)
-
-    @torch.no_grad()
-    def abstain(self) -> None:
-        for bucket in self._buckets:
-            self._gather(bucket, {weight.name: torch.empty_like(self._views[weight.name]) for weight in bucket})
-
-    def _gather(self, bucket: Sequence[Weight], targets: Mapping[str, Tensor]) -> None:
-        on_their_way: list[Any] = []
-        for weight in bucket:
-            target = targets[weight.name]
-            work = None if weight.adapter is not None else gather_into(target, weight.parameter)
-            if work is not None:
-                on_their_way.append(work)
-                continue
-            value = whole(weight.tensor())
-            if value.shape != target.shape:
-                raise WeightSyncError(
-                    f"{weight.name} has shape {tuple(value.shape)} when gathered, {tuple(target.shape)} in the engine"
-                )
-            target.copy_(value)
-        for work in on_their_way:
-            work.wait()
-
-
-class _Frozen:
-    """Which frozen parameters the engine has already."""
-
-    def __init__(self) -> None:
-        self._written: dict[str, tuple[int, int]] = {}
-        """Address and version counter at which a frozen parameter was last written."""
-
-    @staticmethod
-    def moves(weight: Weight) -> bool:
-        """Whether training moves it; of an adapted layer the base rests, and the sum moves."""
-        return weight.parameter.requires_grad or weight.adapter is not None
-
-    def due(self, weights: Sequence[Weight]) -> list[Weight]:
-        """Weights that have to be written; one at rest is once, and again after a change in place."""
-        return [weight for weight in weights if self.moves(weight) or self._is_due(weight)]
-
-    def _is_due(self, weight: Weight) -> bool:
-        state = (weight.parameter.data_ptr(), weight.parameter._version)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-        if self._written.get(weight.name) == state:
-            return False
-        self._written[weight.name] = state
-        return True
-
-
-def _synchronize() -> None:
+def synchronize() -> None:
     """Trainer and engine use streams of their own: what one wrote must be there before the other reads."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -317,13 +165,19 @@ class Reload:
 
     @torch.no_grad()
     def write(self) -> tuple[int, int]:
-        _synchronize()
+        synchronize()
         self._engine.load_weights(self._stream)
-        _synchronize()
+        synchronize()
         num_bytes = sum(weight.shape.numel() * weight.parameter.element_size() for weight in self._weights)
         return num_bytes, len(self._weights)
+
+    def forget(self) -> None:
+        """It never counts on what the engine has."""
 
     @torch.no_grad()
     def abstain(self) -> None:
         for _ in self._stream:
             pass
+
+    def close(self, weights: Sequence[Weight]) -> None:
+        """Nothing of it stays."""

@@ -1,21 +1,34 @@
 """The rollout log: every rollout of a run as one line of JSON, with what it taught and why.
 
-The first line says which model's tokenizer decodes the ids. Every other line is a rollout; ``segments`` hold what
-trained. ``lightning-gym inspect`` reads it.
+The first line says which model's tokenizer decodes the ids, and how rollouts were sampled. Every other line is a
+rollout; ``segments`` hold what trained. ``lightning-gym inspect`` reads it. Nothing that a batch is made of is rounded:
+`logged_rollout` is the rollout again, and `lightning_gym.replay` trains on it.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from lightning_gym.errors import ConfigError, LogError
-from lightning_gym.rollout import Rollout
+from lightning_gym.rollout import (
+    Call,
+    Failure,
+    FailureKind,
+    Misaligned,
+    Misalignment,
+    Rollout,
+    SamplingProfile,
+    SpliceBreak,
+)
 from lightning_gym.trajectory import Trajectory
 
 FORMAT = "lightning_gym.rollouts/1"
+FILE_NAME = "rollouts.jsonl"
 
 
 class RolloutLog:
@@ -26,9 +39,12 @@ class RolloutLog:
         model_path: whose tokenizer decodes the ids.
         resume: continue the file of the run that is resumed, from the step of the first `write` on: what it played
             after its last checkpoint is played again. Otherwise a file of an earlier run is replaced.
+        sampling: of the rollouts.
     """
 
-    def __init__(self, path: Path, model_path: Path, *, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, model_path: Path, *, resume: bool = False, sampling: SamplingProfile | None = None
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._continues = resume and path.is_file()
@@ -36,7 +52,8 @@ class RolloutLog:
             "ab" if resume else "wb", buffering=0
         )  # unbuffered: a line that failed is not tried again
         if self._file.tell() == 0:
-            self._append([{"format": FORMAT, "model": str(model_path)}])
+            header: dict[str, Any] = {"format": FORMAT, "model": str(model_path)}
+            self._append([header | ({} if sampling is None else {"sampling": asdict(sampling)})])
 
     def write(
         self,
@@ -76,7 +93,13 @@ class RolloutLog:
                 "metrics": rollout.metrics,
                 "prompt": rollout.prompt,
                 "output": rollout.output,
-                "segments": [_segment(segment) for segment in segments.get(rollout.rollout_id, ())],
+                "segments": [_segment(segment, rollout) for segment in segments.get(rollout.rollout_id, ())],
+                "reward_components": rollout.reward_components,
+                "masked": rollout.masked,
+                "context_overflow": rollout.context_overflow,
+                "invalid_tool_calls": rollout.invalid_tool_calls,
+                "unconfirmed_calls": rollout.unconfirmed_calls,
+                "ids_lost": rollout.ids_lost,
             }
             for rollout in rollouts
         )
@@ -109,12 +132,15 @@ def _end_of_steps_before(step: int, path: Path) -> int:
     return end
 
 
-def _segment(trajectory: Trajectory) -> dict[str, Any]:
+def _segment(trajectory: Trajectory, rollout: Rollout) -> dict[str, Any]:
+    calls = {call.index: call for call in rollout.calls}
     return {
         "token_ids": trajectory.token_ids.tolist(),
         "loss_mask": trajectory.loss_mask.astype(int).tolist(),
-        "logprobs": [round(value, 6) for value in trajectory.rollout_logprobs.tolist()],
+        # Nine significant digits are the float32 again.
+        "logprobs": [float(f"{value:.9g}") for value in trajectory.rollout_logprobs.tolist()],
         "weight_version": int(trajectory.weight_versions.max()),
+        "calls": [_span(calls[index]) for index in trajectory.call_indices],
     }
 
 
@@ -148,12 +174,85 @@ class LoggedRollout(msgspec.Struct):
     segments: list[LoggedSegment] = []
 
 
+def _span(call: Call) -> dict[str, Any]:
+    """Where a call's sampled ids stand in its segment."""
+    return {
+        "index": call.index,
+        "start": len(call.prompt_ids),
+        "stop": call.num_tokens,
+        "finish_reason": call.finish_reason,
+        "weight_version": call.weight_version,
+    }
+
+
+def logged_rollout(line: Mapping[str, Any]) -> Rollout:
+    """The rollout of a line: what is aligned, compared and packed from it is what was from the one that was played.
+
+    Example: a call that was fed ``[1, 10, 7]`` and sampled ``[20, 2]`` stands in its segment's ``token_ids`` as
+    ``[1, 10, 7, 20, 2]`` with ``start`` 3 and ``stop`` 5.
+    """
+    failure = line["failure"]
+    return Rollout(
+        rollout_id=line["rollout_id"],
+        task_index=line["task_index"],
+        group_id=line["group_id"],
+        attempt=line["attempt"],
+        agent=line["agent"],
+        reward=line["reward"],
+        calls=tuple(
+            sorted((call for segment in line["segments"] for call in _calls(segment)), key=lambda call: call.index)
+        ),
+        unconfirmed_calls=line["unconfirmed_calls"],
+        ids_lost=line["ids_lost"],
+        breaks=tuple(SpliceBreak(**found) for found in line["breaks"]),
+        output=line["output"],
+        prompt=line["prompt"],
+        truncated=line["truncated"],
+        context_overflow=line["context_overflow"],
+        masked=line["masked"],
+        invalid_tool_calls=line["invalid_tool_calls"],
+        seconds=line["seconds"],
+        failure=None if failure is None else _failure(failure),
+        metrics=line["metrics"],
+        reward_components=line["reward_components"],
+    )
+
+
+def _calls(segment: Mapping[str, Any]) -> Iterator[Call]:
+    ids, logprobs = segment["token_ids"], np.asarray(segment["logprobs"], dtype=np.float32).tolist()
+    for span in segment["calls"]:
+        start, stop = span["start"], span["stop"]
+        yield Call(
+            index=span["index"],
+            prompt_ids=ids[:start],
+            token_ids=ids[start:stop],
+            logprobs=logprobs[start:stop],
+            finish_reason=span["finish_reason"],
+            weight_version=span["weight_version"],
+        )
+
+
+def _failure(failure: Mapping[str, Any]) -> Failure:
+    if "how" in failure:
+        return Misaligned(message=failure["message"], how=Misalignment(failure["how"]))
+    return Failure(kind=FailureKind(failure["kind"]), message=failure["message"])
+
+
 def read_rollout_log(path: Path) -> tuple[Path, Iterator[dict[str, Any]]]:
     """The model path of a log, and its rollouts one by one.
 
     Raises:
         ConfigError: there is no such file, or it is not a rollout log; while the rollouts are read, at a line that is
             damaged or cut off.
+    """
+    return Path(read_header(path)["model"]), _lines(path)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The first line of a log.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a rollout log.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; a run writes `rollouts.jsonl` into its output directory")
@@ -164,7 +263,7 @@ def read_rollout_log(path: Path) -> tuple[Path, Iterator[dict[str, Any]]]:
         raise ConfigError(
             f"{path} is not a rollout log: its first line should say format {FORMAT!r}, got {first[:80]!r}"
         )
-    return Path(header["model"]), _lines(path)
+    return header
 
 
 def _header(line: str) -> dict[str, Any]:

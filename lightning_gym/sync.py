@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gym.canary import Canary
+from lightning_gym.copying import Copy, GatheredCopy
 from lightning_gym.errors import ConfigError, WeightSyncError
-from lightning_gym.ladder import Copy, GatheredCopy, Reload, Rung, Share, SyncMode
+from lightning_gym.ladder import Reload, Rung, Share, SyncMode
 from lightning_gym.manifest import Manifest
 from lightning_gym.policy.engine import Engine
 from lightning_gym.ranks import Ranks
@@ -106,9 +107,13 @@ class WeightSync:
             if self._views is not None:
                 self._manifest.check_engine(self._engine.weight_views())
 
+        if "weights" in self._engine.asleep:
+            self._rung.forget()
         self._rung.begin(held)
         with self._together():
+            self._engine.wake_up("weights")
             self._engine.update_weights(write, version=version)
+            self._engine.wake_up("kv_cache")
         if isinstance(self._rung, Share):
             self._stamp = _stamp(held)
         handed_over = time.perf_counter()
@@ -150,10 +155,21 @@ class WeightSync:
                 "before a sync. Use sync_mode='copy' if that is meant"
             )
 
+    def rest(self) -> None:
+        """Let the trainer have the engine's memory until the next sync or collection, where the engine can sleep.
+
+        What is shared cannot be given back: then it is the KV cache alone.
+        """
+        if self._engine.can_sleep:
+            self._engine.sleep(weights=not isinstance(self._rung, Share))
+
+    def wake(self) -> None:
+        """Before a collection that needs no sync."""
+        self._engine.wake_up("kv_cache")
+
     def close(self) -> None:
         """Leave the model with tensors of its own; call it when the engine is gone."""
-        if isinstance(self._rung, Share):
-            self._rung.release(self._inventory.look())
+        self._rung.close(self._inventory.look())
 
     def _choose(self, held: Sequence[Weight], no_views: str | None, max_lag: int) -> Rung:
         refused: dict[SyncMode, str] = {}
@@ -187,7 +203,7 @@ class WeightSync:
             raise WeightSyncError(f"{what}, so the engine would keep their old values. Use sync_mode='copy'")
         _log.warning("%s; from here on weights are copied", what)
         assert self._views is not None
-        self._rung.release(held)
+        self._rung.close(held)
         self._rung = Copy(self._views)
 
     def _engine_dtype(self) -> torch.dtype:

@@ -43,6 +43,8 @@ class Trajectory:
     """``[seq]``, nats; 0 where the mask is false."""
     weight_versions: npt.NDArray[np.int64]
     """``[seq]``, the optimizer step whose weights sampled the token; -1 where the mask is false."""
+    call_indices: tuple[int, ...] = ()
+    """Of the calls in it, in order; empty where it was made by hand."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -95,6 +97,7 @@ def _segment(rollout: Rollout, index: int, calls: Sequence[Call]) -> Trajectory:
         loss_mask=loss_mask,
         rollout_logprobs=logprobs,
         weight_versions=versions,
+        call_indices=tuple(call.index for call in calls),
     )
 
 

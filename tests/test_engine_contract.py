@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gym.errors import ConfigError, EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
+from lightning_gym.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    RequestAbortedError,
+    WeightSyncError,
+)
 from lightning_gym.lm_head import use_float32_head
 from lightning_gym.policy.engine import EngineModel, Generation, SamplingParams
 from lightning_gym.policy.vllm_engine import VLLMEngine
@@ -259,6 +266,19 @@ def test_a_closed_engine_starts_again_with_the_weights_of_then_and_a_running_one
             engine.close()
     finally:
         engine.close()
+
+
+def test_an_engine_that_cannot_sleep_says_so_and_goes_on(started):
+    engine, _, sync = started
+    assert not engine.can_sleep
+    assert engine.asleep == frozenset()
+    with pytest.raises(EngineError, match="cannot sleep"):
+        engine.sleep(weights=False)
+    engine.wake_up("weights")
+    sync.rest()
+    sync.wake()
+    (result,) = generate(engine, [PROMPT], [sampling()])
+    assert isinstance(result, Generation)
 
 
 def test_a_model_that_cannot_be_built_is_an_error_that_names_it(kind, tmp_path):

@@ -67,6 +67,12 @@ def test_a_rollout_comes_back_as_it_was_written(tmp_path):
         "metrics": {"steps": 2.0},
         "prompt": [{"role": "user", "content": "count"}],
         "output": [{"type": "message", "content": "größe"}],
+        "reward_components": {},
+        "masked": False,
+        "context_overflow": False,
+        "invalid_tool_calls": 0,
+        "unconfirmed_calls": 0,
+        "ids_lost": False,
     }
     first, second = line["segments"]
     assert first["token_ids"] == [1, 2, 3, 4]
@@ -98,11 +104,12 @@ def test_what_was_written_can_be_read_while_the_run_goes_on(tmp_path):
     log.close()
 
 
-def test_logprobs_are_written_to_a_millionth_of_a_nat(tmp_path):
-    trajectory = tiny_trajectory()
-    trajectory.rollout_logprobs[2:] = np.array([-0.123456789, -7e-9], dtype=np.float32)
+def test_logprobs_come_back_as_the_same_floats(tmp_path):
+    values = np.concatenate([-np.random.default_rng(0).exponential(size=500), [-7e-9, -1e-30, -87.3]])
+    trajectory = tiny_trajectory(num_prompt=1, num_trained=len(values))
+    trajectory.rollout_logprobs[1:] = values
     _, (line,) = written(tmp_path / "log.jsonl", (0, [rollout()], {"a": [trajectory]}, {}))
-    assert line["segments"][0]["logprobs"] == [0.0, 0.0, -0.123457, -0.0]
+    assert np.array_equal(np.float32(line["segments"][0]["logprobs"]), trajectory.rollout_logprobs)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "[]\n", '{"format": "other/1"}\n', "not JSON\n", '{"reward": 1}\n'])

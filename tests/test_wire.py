@@ -240,6 +240,10 @@ def test_an_item_without_ids_or_with_none_sampled_is_no_call(changes):
         ({"mask_sample": None, "instance_config": None}, False),
         ({"instance_config": {"mask_sample": True}}, True),
         ({"instance_config": {"mask_sample": False}}, False),
+        # nemo-gym 0.7.0 says what went wrong beside it, which does not decide whether the reward is a measurement.
+        ({"mask_sample": True, "failure_kind": "session_lost", "failure_reason": "it was reset"}, True),
+        ({"mask_sample": False, "failure_kind": "judge_failed", "failure_reason": "no judge"}, False),
+        ({"mask_sample": False, "failure_kind": None, "failure_reason": None}, False),
     ],
 )
 def test_what_the_environment_wants_masked_is(changes, masked):

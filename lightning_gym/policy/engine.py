@@ -7,7 +7,7 @@ both pass the same contract tests.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:  # the endpoint and its tests run without torch
     import torch
@@ -59,6 +59,9 @@ class EngineModel:
     """What the trainer will still allocate on the device: gradients, optimizer state, activations."""
 
 
+Part = Literal["kv_cache", "weights"]
+"""Of an engine's memory, what it can do without while the trainer trains."""
+
 Deliver = Callable[[Generation | BaseException], None]
 """Receives one result, on the engine's thread: it must return at once and never raise."""
 
@@ -72,6 +75,9 @@ class Engine(Protocol):
     Life: ``start``, paused and with `weight_version` ``None``; then any number of ``update_weights`` while
     paused; generations run only between ``resume`` and ``pause``; ``close``, from any state. Then it may start
     again, as it does where a Trainer validates what it has fitted.
+
+    Where `can_sleep`, between a ``pause`` and the next ``resume``: ``sleep``; then ``wake_up("weights")`` if they
+    slept, ``update_weights`` with all of them, ``wake_up("kv_cache")``.
     """
 
     @property
@@ -133,6 +139,30 @@ class Engine(Protocol):
             WeightSyncError: a tensor is missing, has no place in the engine, or another shape; the engine is then
                 unusable.
         """
+        ...
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether the trainer can have the engine's memory while it trains."""
+        ...
+
+    @property
+    def asleep(self) -> frozenset[Part]:
+        """Parts without memory. Nothing is generated before all are awake."""
+        ...
+
+    def sleep(self, *, weights: bool) -> None:
+        """Give the memory of the KV cache back, and with `weights` theirs as well: their values are lost.
+
+        Only while paused. Addresses stay what they are, so `weight_views` are good again after `wake_up`.
+
+        Raises:
+            EngineError: the engine runs, or cannot sleep.
+        """
+        ...
+
+    def wake_up(self, part: Part) -> None:
+        """Give a part its memory again; one that is awake stays so. Weights have to be written anew afterwards."""
         ...
 
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:

@@ -13,8 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_gym.errors import ConfigError, EngineDeadError, EngineStartError, RequestAbortedError, WeightSyncError
-from lightning_gym.policy.engine import Deliver, EngineModel, Generation, SamplingParams
+from lightning_gym.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    EngineStartError,
+    RequestAbortedError,
+    WeightSyncError,
+)
+from lightning_gym.policy.engine import Deliver, EngineModel, Generation, Part, SamplingParams
 from lightning_gym.policy.vllm_arguments import EngineSettings, engine_arguments
 
 if TYPE_CHECKING:
@@ -90,6 +97,8 @@ class VLLMEngine:
         self._death: BaseException | None = None
         self._weight_version: int | None = None
         self._owns_process_group = False
+        self._can_sleep = False
+        self._asleep: frozenset[Part] = frozenset()
 
     @property
     def weight_version(self) -> int | None:
@@ -104,6 +113,7 @@ class VLLMEngine:
             raise EngineStartError("this engine runs already; close it first")
         self._work, self._pending = queue.SimpleQueue(), {}
         self._running, self._closing, self._death, self._weight_version = False, False, None, None
+        self._asleep = frozenset()
         built: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(model, built), name="lightning-gym-engine", daemon=True)
         self._thread.start()
@@ -124,6 +134,8 @@ class VLLMEngine:
     def resume(self) -> None:
         if self._weight_version is None:
             raise WeightSyncError("the engine was resumed before its first weight sync")
+        if self._asleep:
+            raise EngineError(f"the engine was resumed while its {', '.join(sorted(self._asleep))} slept; wake it up")
 
         def go() -> None:
             self._hand_over()
@@ -154,6 +166,41 @@ class VLLMEngine:
         if threading.current_thread() is not self._thread:
             raise WeightSyncError("load_weights belongs inside the `write` of update_weights")
         reload_weights(self._engine, weights)
+
+    @property
+    def can_sleep(self) -> bool:
+        return self._can_sleep
+
+    @property
+    def asleep(self) -> frozenset[Part]:
+        return self._asleep
+
+    def sleep(self, *, weights: bool) -> None:
+        def lie_down() -> None:
+            if not self._can_sleep:
+                raise EngineError(
+                    "this engine cannot sleep: vLLM gives memory back on CUDA only, and only with "
+                    "VLLMEngine(engine_args={'enable_sleep_mode': True})"
+                )
+            if self._running or self._pending:
+                raise EngineError("the engine was put to sleep while it runs; pause it first")
+            if weights:
+                self._engine.sleep(level=2)
+                self._asleep = frozenset({"kv_cache", "weights"})
+            elif hasattr(self._engine, "release_kv_cache_memory"):  # 0.32; earlier ones give back all or nothing
+                self._engine.sleep(level=0)  # the scheduler alone: it has to be paused before the cache may go
+                self._engine.release_kv_cache_memory()
+                self._asleep = frozenset({"kv_cache"})
+
+        self._call(lie_down)
+
+    def wake_up(self, part: Part) -> None:
+        def rise() -> None:
+            if part in self._asleep:
+                self._engine.wake_up(tags=[part])
+                self._asleep -= {part}
+
+        self._call(rise)
 
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:
         def update() -> None:
@@ -258,6 +305,7 @@ class VLLMEngine:
                         vllm.EngineArgs(**engine_arguments(self._settings, model))
                     )
                 self._views = vllm_weights.WeightViews(self._engine)
+                self._can_sleep = self._engine.vllm_config.model_config.enable_sleep_mode
             except BaseException:
                 vllm_private.leave_no_groups(owns_process_group=self._owns_process_group)
                 raise
