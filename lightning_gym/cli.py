@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-gym", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser(
-        "train", help="train a recipe: lightning-gym train counter --devices 2 trainer.max_steps=20 (Hydra overrides)"
+        "train",
+        help="train a recipe: lightning-gym train counter --devices 2 trainer.max_steps=20 (Hydra overrides); "
+        "--dry-run says what that would be, and whether it could start",
     )
     _add_warm_start_arguments(
         commands.add_parser(
@@ -157,9 +159,23 @@ def _gym_warm_start(settings: dict[str, Any], arguments: argparse.Namespace) -> 
 
 
 def _train(arguments: list[str]) -> None:
-    arguments = _overrides(arguments)
+    dry_run = "--dry-run" in arguments
+    arguments = _overrides([argument for argument in arguments if argument != "--dry-run"])
+    if dry_run:
+        _plan(arguments)
+        return
     # A program of its own, so that Lightning's launcher can start the other ranks with the same command.
     os.execv(sys.executable, [sys.executable, "-m", "lightning_gym.train", *arguments])  # noqa: S606  no shell
+
+
+def _plan(overrides: list[str]) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan downloads nothing
+    from lightning_gym.plan import plan_run
+
+    plan = plan_run(overrides)
+    print(plan.text())
+    if plan.problems:
+        sys.exit(1)
 
 
 _OPTIONS = {

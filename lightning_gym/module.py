@@ -24,6 +24,7 @@ from lightning_gym.lm_head import use_float32_head
 from lightning_gym.logprobs import check_packing, token_logprobs, token_logprobs_and_entropies
 from lightning_gym.losses import Loss, distillation, loss_named
 from lightning_gym.mismatch import entropy_estimate, mismatch_metrics, ratio_histogram
+from lightning_gym.model_files import check_model
 from lightning_gym.penalties import entropy_bonus, kl_in_reward, kl_penalty
 from lightning_gym.ranks import Ranks
 from lightning_gym.reference import frozen, has_adapter, with_old_logprobs, with_ref_logprobs
@@ -36,6 +37,8 @@ class PolicyModule(L.LightningModule):
 
     Args:
         model: directory or hub name to load, or a model; a PEFT model trains its adapter.
+        peft_config: a `peft.PeftConfig`, such as ``LoraConfig(r=16, target_modules="all-linear")``: the model gets that
+            adapter, which alone trains.
         loss: a name in `lightning_gym.losses.LOSSES`, or a function ``(logprobs, batch) -> (loss, metrics)``, such as
             ``functools.partial(dapo, clip_high=0.3)``.
         correction: for the mismatch of engine and trainer, a name in `lightning_gym.corrections.CORRECTIONS`, or a
@@ -67,6 +70,7 @@ class PolicyModule(L.LightningModule):
         self,
         model: str | Path | nn.Module,
         *,
+        peft_config: Any = None,
         loss: str | Loss = "grpo",
         correction: str | Correction = "none",
         normalise_correction: bool = False,
@@ -95,6 +99,8 @@ class PolicyModule(L.LightningModule):
             use_liger(self.model)
         if head_dtype is not None:
             use_float32_head(self.model)
+        if peft_config is not None:
+            self.model = _adapted(self.model, peft_config)
         self.needs_reference = kl_coefficient != 0 or self.loss is distillation
         if ref_model is not None and not self.needs_reference:
             raise ConfigError(
@@ -211,7 +217,15 @@ class PolicyModule(L.LightningModule):
         return frozen(copy.deepcopy(self.model) if given is None else given)
 
 
+def _adapted(model: nn.Module, peft_config: Any) -> nn.Module:
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ConfigError('an adapter needs peft: pip install "lightning-gym[lora]"') from error
+    adapted: Any = model
+    return get_peft_model(adapted, peft_config)
+
+
 def _load(model: str | Path, dtype: str) -> nn.Module:
-    if isinstance(model, Path) and not (model / "config.json").is_file():
-        raise ConfigError(f"{model} has no config.json; expected the directory of a transformers model")
+    check_model(model)
     return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))

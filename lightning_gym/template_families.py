@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_gym.testing import tiny_tokenizer
+from lightning_gym.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -128,3 +128,36 @@ def save_family(family: Family, directory: Path) -> Path:
     """Write the family's tokenizer and template as a model directory holds them; returns `directory`."""
     family_tokenizer(family).save_pretrained(directory)
     return directory
+
+
+def save_quietly(model: Any, directory: Path) -> None:
+    """Write a model as a checkpoint, without a progress bar."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def tiny_checkpoint(path: str | Path, *, family: str = "qwen3", max_position_embeddings: int = 32768) -> str:
+    """A whole model directory: a random tiny model with a family's tokens and template, for a try of any recipe.
+
+    Args:
+        path: where it is written, unless it is there already.
+        family: a name in `FAMILIES`; ``"qwen3"`` shows the model its tools, which can be thousands of tokens.
+        max_position_embeddings: tokens of context.
+
+    Returns:
+        `path` as text.
+    """
+    directory = Path(path)
+    if not (directory / "model.safetensors").is_file():
+        tokenizer = family_tokenizer(FAMILIES[family])
+        model = tiny_model(tokenizer, max_position_embeddings=max_position_embeddings)
+        tokenizer.save_pretrained(directory)
+        save_quietly(model, directory)
+    return str(path)

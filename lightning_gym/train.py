@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_gym.callback import GymCallback
+from lightning_gym.configuration import absent_packages, check_config, complete_overrides
 from lightning_gym.errors import ConfigError, GymStartError
 from lightning_gym.offline import stay_quiet
 from lightning_gym.preconditions import check_trainer
@@ -33,8 +34,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: a setting, a dataset row or a model directory is not usable.
     """
     _log_to_terminal()
-    stay_quiet(str(cfg.policy.model))
+    check_config(cfg)
     output_dir = Path(cfg.output_dir)
+    if absent := absent_packages(cfg):
+        raise ConfigError(f"{', '.join(absent)}: not installed; see the extras of lightning-gym (peft: [lora])")
+    stay_quiet(cfg.policy.model if isinstance(cfg.policy.model, str) else ".")
     reward_predicted = _reward_predicted(cfg.warm_start)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     callback: GymCallback = instantiate(cfg.callback, _convert_="all")
@@ -114,5 +118,9 @@ def _no_output_of_other_ranks() -> None:
 
 
 if __name__ == "__main__":
+    try:
+        sys.argv[1:] = complete_overrides(sys.argv[1:])
+    except ConfigError as refused:
+        sys.exit(f"lightning-gym: {refused}")
     _no_output_of_other_ranks()
     main()

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from lightning_gym.batch import TrajectoryBatch, loss_weights, pack_window
 from lightning_gym.callback import GymCallback
 from lightning_gym.colocation import Colocation
+from lightning_gym.configuration import compose_run
 from lightning_gym.errors import LightningGymError
 from lightning_gym.logprobs import token_logprobs
 from lightning_gym.losses import Loss, reinforce
@@ -220,9 +220,8 @@ def check_recipe(overrides: Sequence[str], *, limit: int) -> list[Check]:
     Raises:
         ConfigError: a setting, a dataset row or a model directory is not usable.
     """
-    with initialize(version_base="1.3", config_path=None):
-        cfg = compose("train", overrides=list(overrides))
-    stay_quiet(str(cfg.policy.model))
+    cfg = compose_run(overrides)
+    stay_quiet(cfg.policy.model if isinstance(cfg.policy.model, str) else ".")
     policy = instantiate(cfg.policy, _convert_="all")
     callback: GymCallback = instantiate(cfg.callback, _convert_="all")
     model: Any = callback.find_policy(policy)

@@ -609,3 +609,22 @@ def test_two_ranks_resample_update_correct_and_measure_as_one_does(model_dir, tm
 
 UNLIKE = {"rollout/slowest_s", "batch/tokens", "batch/padding_waste_frac"}
 """What two ranks may differ in: time, and the fillers of a rank that has fewer sequences than micro-batches."""
+
+
+def test_a_peft_config_gives_the_model_an_adapter_that_alone_trains(tmp_path):
+    from peft import LoraConfig
+
+    from lightning_gym.memory_budget import ModelSize
+    from lightning_gym.plan import _with_adapter
+    from lightning_gym.template_families import tiny_checkpoint
+
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    policy = PolicyModule(tiny_checkpoint(tmp_path / "model"), peft_config=LoraConfig(**settings))
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    (group,) = policy.configure_optimizers().param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in trained.values()}
+    config = policy.model.config
+    planned = _with_adapter(ModelSize.of_config(config), config, settings)
+    assert planned.num_trained == sum(parameter.numel() for parameter in trained.values())

@@ -204,7 +204,8 @@ def read_record(policy: str | os.PathLike[str]) -> dict[str, Any] | None:
 def write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Save a model that samples from its own distribution, and its tokenizer."""
     from transformers import GenerationConfig
-    from transformers.utils import logging
+
+    from lightning_gym.template_families import save_quietly
 
     # Explicit, so that no library's own default (top_k 50, for one) comes between the weights and what is sampled.
     model.generation_config = GenerationConfig(
@@ -215,14 +216,8 @@ def write_checkpoint(target: Path, model: "Qwen3ForCausalLM", tokenizer: "PreTra
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    save_quietly(model, target)
+    tokenizer.save_pretrained(target)
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -1,0 +1,85 @@
+"""The files of a model: which are there, and the dimensions of models that are not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_gym.errors import ConfigError
+
+_DESCRIBED = Path(__file__).with_name("model_configs")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def check_model(model: str | Path) -> None:
+    """Refuse a local directory that is not there or not whole; a name on a hub is left to whoever loads it.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        if _is_local(model):
+            raise ConfigError(f"there is no model directory {model} (looked from {Path.cwd()})")
+        return
+    missing = missing_files(path)
+    if missing:
+        raise ConfigError(
+            f"{path} is not a whole model: {'; '.join(missing)}. Expected what `save_pretrained` of a transformers "
+            "model and of its tokenizer write into one directory"
+        )
+
+
+def missing_files(path: Path) -> list[str]:
+    """What a model directory lacks, in words; empty if nothing."""
+    missing: list[str] = []
+    if not (path / "config.json").is_file():
+        missing.append("no config.json")
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        missing.append(f"no tokenizer ({', '.join(_TOKENIZERS)})")
+    index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
+    if index is not None:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing += [f"no {shard}, which {index.name} names" for shard in shards if not (path / shard).is_file()]
+    elif not any((path / name).is_file() for name in _WEIGHTS):
+        missing.append(f"no weights ({', '.join((*_WEIGHTS, *_INDEXES))})")
+    return missing
+
+
+def find_config(model: str | Path) -> tuple[Any, str]:
+    """The transformers configuration of a model, without a download.
+
+    Args:
+        model: a directory, or a hub's name.
+
+    Returns:
+        The configuration, and where it is from: ``directory``, ``cache`` (the hub's, on this machine) or
+        ``description`` (dimensions that this package knows; its weights and tokenizer are not here).
+
+    Raises:
+        ConfigError: it is nowhere.
+    """
+    from transformers import AutoConfig
+
+    if Path(model).is_dir():
+        check_model(model)
+        return AutoConfig.from_pretrained(model), "directory"
+    if _is_local(model):
+        check_model(model)
+    try:
+        return AutoConfig.from_pretrained(model, local_files_only=True), "cache"
+    except (OSError, ValueError):
+        described = _DESCRIBED / f"{str(model).replace('/', '--')}.json"
+    if not described.is_file():
+        known = ", ".join(path.stem.replace("--", "/") for path in sorted(_DESCRIBED.glob("*.json")))
+        raise ConfigError(
+            f"{model} is not on this machine, and its dimensions are not among those this package knows ({known}): "
+            "download it, or name its directory"
+        )
+    return AutoConfig.for_model(**json.loads(described.read_text())), "description"
+
+
+def _is_local(model: str | Path) -> bool:
+    """Whether it can only be a path: a hub's names are ``name`` or ``organisation/name``."""
+    return isinstance(model, Path) or str(model).startswith((".", "~", "/")) or str(model).count("/") > 1
