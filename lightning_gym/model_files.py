@@ -1,15 +1,13 @@
-"""The files of a model: which are there, and the dimensions of models that are not."""
+"""Where a model is: in a directory, in the hub's cache, or only described, by its dimensions."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from lightning_gym.errors import ConfigError
+from lightning_gym.model_dir import check_model_dir
 
 _DESCRIBED = Path(__file__).with_name("model_configs")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def check_model(model: str | Path) -> None:
@@ -23,28 +21,7 @@ def check_model(model: str | Path) -> None:
         if _is_local(model):
             raise ConfigError(f"there is no model directory {model} (looked from {Path.cwd()})")
         return
-    missing = missing_files(path)
-    if missing:
-        raise ConfigError(
-            f"{path} is not a whole model: {'; '.join(missing)}. Expected what `save_pretrained` of a transformers "
-            "model and of its tokenizer write into one directory"
-        )
-
-
-def missing_files(path: Path) -> list[str]:
-    """What a model directory lacks, in words; empty if nothing."""
-    missing: list[str] = []
-    if not (path / "config.json").is_file():
-        missing.append("no config.json")
-    if not any((path / name).is_file() for name in _TOKENIZERS):
-        missing.append(f"no tokenizer ({', '.join(_TOKENIZERS)})")
-    index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
-    if index is not None:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing += [f"no {shard}, which {index.name} names" for shard in shards if not (path / shard).is_file()]
-    elif not any((path / name).is_file() for name in _WEIGHTS):
-        missing.append(f"no weights ({', '.join((*_WEIGHTS, *_INDEXES))})")
-    return missing
+    check_model_dir(path)
 
 
 def find_config(model: str | Path) -> tuple[Any, str]:

@@ -28,7 +28,7 @@ from lightning_gym.memory_budget import (
     trainer_parts,
     wanted_kv_cache_bytes,
 )
-from lightning_gym.model_files import find_config, missing_files
+from lightning_gym.model_files import find_config
 from lightning_gym.tasks import Task, read_tasks
 
 _CPU_KV_CACHE_BYTES = 256 << 20
@@ -74,7 +74,7 @@ def plan_run(overrides: Sequence[str]) -> Plan:
     model = _make_model_files(_Arguments(cfg.policy)["model"])
     size = _plan_model(cfg, model, plan)
     tasks = _plan_data(cfg, plan)
-    _plan_prompts(cfg, model, tasks, plan)
+    _plan_prompts(cfg, model, size, tasks, plan)
     _plan_steps(cfg, plan)
     if size is not None:
         _plan_memory(cfg, size, plan)
@@ -190,10 +190,10 @@ def _plan_validation(data: _Arguments, plan: Plan) -> None:
         plan.facts.append(("validation", f"{len(rows)} rows of {name} x {samples} attempts"))
 
 
-def _plan_prompts(cfg: DictConfig, model: Any, tasks: Sequence[Task], plan: Plan) -> None:
+def _plan_prompts(cfg: DictConfig, model: Any, size: ModelSize | None, tasks: Sequence[Task], plan: Plan) -> None:
     if not tasks:
         return
-    if not isinstance(model, str) or not Path(model).is_dir() or missing_files(Path(model)):
+    if size is None or not isinstance(model, str) or not Path(model).is_dir():
         plan.unchecked.append("whether prompts fit into the context: needs the tokenizer")
         return
     from lightning_gym.colocation import check_prompts

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_gym.configuration import absent_packages, complete_overrides, compose_run
 from lightning_gym.errors import ConfigError
-from lightning_gym.model_files import check_model, find_config, missing_files
+from lightning_gym.model_files import check_model, find_config
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def write_model(directory, *, without=()):
 
 @pytest.mark.parametrize(
     ("without", "said"),
-    [("config.json", "no config.json"), ("tokenizer.json", "no tokenizer"), ("model.safetensors", "no weights")],
+    [("config.json", "missing config"), ("tokenizer.json", "a tokenizer"), ("model.safetensors", "missing weights")],
 )
 def test_a_model_directory_that_misses_files_is_refused_by_their_names(tmp_path, without, said):
     write_model(tmp_path, without=[without])
@@ -83,7 +83,8 @@ def test_a_shard_that_the_index_names_has_to_be_there(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").touch()
-    assert missing_files(tmp_path) == ["no model-2.safetensors, which model.safetensors.index.json names"]
+    with pytest.raises(ConfigError, match=r"missing model-2\.safetensors"):
+        check_model(tmp_path)
 
 
 @pytest.mark.parametrize("model", ["./no/such/model", "/no/such/model", "outputs/a/model"])
