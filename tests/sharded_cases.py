@@ -6,6 +6,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -211,6 +212,32 @@ def an_engine_that_fails_on_one_rank_fails_on_both_and_nobody_waits(directory):
             assert isinstance(caught.value, WeightSyncError) == (dist.get_rank() == 1)
         assert sync.sync(3).version == 3, "the ranks still agree on what comes next"
         engine.close()
+
+
+@case
+def adapters_on_a_cut_model_reach_the_engine_merged_and_move_alone(directory):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    whole = peft.get_peft_model(small(), config)
+    torch.manual_seed(0)
+    model = cut(peft.get_peft_model(small(), config))
+    engine = engine_of(model, directory)
+    assert all((view - plain(whole)[name]).abs().max() < 1e-6 for name, view in engine.weight_views().items())
+    sync = WeightSync(engine, model, ranks=ranks())
+    for version in range(2):
+        for adapted in (whole, model):
+            optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+            seeds = (0, 1) if adapted is whole else (dist.get_rank(),)
+            for seed in seeds:
+                loss(adapted, row(seed)).div(len(seeds)).backward()
+            optimizer.step()
+            adapted.zero_grad()
+        report = sync.sync(version)
+        assert report.num_tensors == (4 if version else len(engine.weight_views())), report
+        assert report.canary_diff < 1e-4
+        state = plain(whole)
+        assert all((view - state[name]).abs().max() < 1e-5 for name, view in engine.weight_views().items())
+    engine.close()
 
 
 @case
