@@ -107,13 +107,15 @@ class WeightSync:
             if self._views is not None:
                 self._manifest.check_engine(self._engine.weight_views())
 
-        if "weights" in self._engine.asleep:
+        asleep = self._engine.asleep
+        if "weights" in asleep:
             self._rung.forget()
         self._rung.begin(held)
         with self._together():
-            self._engine.wake_up("weights")
+            if "weights" in asleep:
+                self._engine.wake_up("weights")
             self._engine.update_weights(write, version=version)
-            self._engine.wake_up("kv_cache")
+            self.wake()
         if isinstance(self._rung, Share):
             self._stamp = _stamp(held)
         handed_over = time.perf_counter()
@@ -164,8 +166,9 @@ class WeightSync:
             self._engine.sleep(weights=not isinstance(self._rung, Share))
 
     def wake(self) -> None:
-        """Before a collection that needs no sync."""
-        self._engine.wake_up("kv_cache")
+        """Give the KV cache its memory again: after a sync, and before a collection that needs none."""
+        if "kv_cache" in self._engine.asleep:
+            self._engine.wake_up("kv_cache")
 
     def close(self) -> None:
         """Leave the model with tensors of its own; call it when the engine is gone."""
