@@ -144,6 +144,16 @@ def _segment(trajectory: Trajectory, rollout: Rollout) -> dict[str, Any]:
     }
 
 
+class LoggedCall(msgspec.Struct):
+    """Where a call's sampled ids stand in its segment."""
+
+    index: int
+    start: int
+    stop: int
+    finish_reason: str = ""
+    weight_version: int = -1
+
+
 class LoggedSegment(msgspec.Struct):
     """A segment as the log has it; index t of the three lists speaks about token t."""
 
@@ -151,6 +161,7 @@ class LoggedSegment(msgspec.Struct):
     loss_mask: list[int]
     logprobs: list[float]
     weight_version: int = -1
+    calls: list[LoggedCall] = []
 
 
 class LoggedRollout(msgspec.Struct):
@@ -172,6 +183,12 @@ class LoggedRollout(msgspec.Struct):
     prompt: list[Any] = []
     output: list[Any] = []
     segments: list[LoggedSegment] = []
+    reward_components: dict[str, Any] = {}
+    masked: bool = False
+    context_overflow: bool = False
+    invalid_tool_calls: int = 0
+    unconfirmed_calls: int = 0
+    ids_lost: bool = False
 
 
 def _span(call: Call) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class TrainerLogprobs:
         """
         for batch, logprobs in self._waiting:
             mask = batch.loss_mask[0].cpu().numpy()
-            values = logprobs[0].double().cpu().numpy().round(6)
+            values = logprobs[0].double().cpu().numpy().round(8)
             end = 0
             # without sources, as a filler is, there is nothing to say whose tokens these were
             for (rollout_id, segment), length in zip(batch.sources, batch.sequence_lengths, strict=False):

@@ -87,6 +87,8 @@ def test_tokens_mask_and_logprobs_come_through_exactly(finished):
             expected = trainer[line["rollout_id"], index]
             assert unpacked(segment["trainer"], "<f4").tolist() == pytest.approx(expected, abs=1e-6)
             assert segment["version"] == line["step"]
+            spans = [(call["start"], call["stop"]) for call in logged["calls"]]
+            assert [(start, stop) for start, stop, *_ in segment["calls"]] == spans
         gaps = [
             abs(a - b)
             for index, segment in enumerate(rollout["segments"])
@@ -94,6 +96,17 @@ def test_tokens_mask_and_logprobs_come_through_exactly(finished):
         ]
         assert rollout["gap"] == pytest.approx(max(gaps), abs=1e-6) if gaps else rollout["gap"] is None
     assert num_segments > 40
+
+
+def test_what_is_worth_a_word_is_said_of_the_rollouts_it_holds_for(finished):
+    remarks = {one["id"]: " ".join(one["remarks"]) for one in shown(finished)["rollouts"]}
+    lines = [json.loads(line) for line in (finished / "rollouts.jsonl").read_text().splitlines()[1:]]
+    for word, key in {"masked": "masked", "truncated": "truncated"}.items():
+        assert {one["rollout_id"] for one in lines if one[key]} == {
+            name for name, said in remarks.items() if word in said
+        }
+    assert any("masked" in said for said in remarks.values())
+    assert any(one["components"] for one in shown(finished)["rollouts"])
 
 
 def test_each_distinct_id_is_decoded_once_and_prompts_are_held_once(finished):

@@ -373,6 +373,8 @@ def test_a_token_that_is_hovered_says_what_the_log_says(url, tmp_path):
         assert lines["engine"].startswith(f"{token['engine']:.6f} nats")
         assert lines["trainer"].startswith(f"{token['trainer']:.6f} nats")
         assert lines["weight version"] == str(token["version"])
+        gutters = await tab.run("[...document.querySelectorAll('.sampled .gutter b')].map((b) => b.textContent)")
+        assert gutters == [f"call {index}" for index in range(len(gutters))]
         mask = await tab.run("[...document.querySelectorAll('.t')].map((t) => t.classList.contains('on'))")
         runs = await tab.run("list.selected.segments[0].runs")
         assert mask == [index % 2 == 1 for index, run in enumerate(runs) for _ in range(run)]

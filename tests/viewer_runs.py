@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_gym.rollout import Failure, FailureKind, Misaligned, Misalignment, Rollout, SpliceBreak
+from lightning_gym.rollout import Call, Failure, FailureKind, Misaligned, Misalignment, Rollout, SpliceBreak
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.testing import tiny_tokenizer
-from lightning_gym.trajectory import Trajectory
+from lightning_gym.trajectory import Trajectory, trajectories
 from lightning_gym.viewer.report import write_report
 
 HOSTILE = (
@@ -44,21 +44,35 @@ class RunWriter:
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def segment(self, rollout_id, turns, *, segment=0, group_id=0, step=0) -> Trajectory:
-        """A segment of turns, texts that are context and sampled by turns, beginning with context."""
-        parts = [self.ids(text) for text in turns]
-        mask = np.concatenate([np.full(len(part), index % 2 == 1) for index, part in enumerate(parts)])
-        logprobs = np.array([-self._random.expovariate(2) if trains else 0.0 for trains in mask], dtype=np.float32)
-        self._trainer.append(self._line(rollout_id, segment, step, logprobs[mask]))
-        return Trajectory(
-            rollout_id=rollout_id,
-            segment=segment,
-            group_id=group_id,
-            token_ids=np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]),
-            loss_mask=mask,
-            rollout_logprobs=logprobs,
-            weight_versions=np.where(mask, step, -1),
-        )
+    def calls(self, *segments, step=0) -> list[Call]:
+        """The calls of segments of turns, texts that are context and sampled by turns, beginning with context."""
+        calls: list[Call] = []
+        for turns in segments:
+            fed: list[int] = []
+            for context, sampled in zip(turns[::2], turns[1::2], strict=True):
+                fed = [*fed, *self.ids(context)]
+                ids = self.ids(sampled)
+                logprobs = np.array([-self._random.expovariate(2) for _ in ids], dtype=np.float32).tolist()
+                calls.append(
+                    Call(
+                        index=len(calls),
+                        prompt_ids=fed,
+                        token_ids=ids,
+                        logprobs=logprobs,
+                        finish_reason="stop",
+                        weight_version=step,
+                    )
+                )
+                fed = [*fed, *ids]
+        return calls
+
+    def segments(self, rollout: Rollout, *, step=0) -> list[Trajectory]:
+        """A rollout's segments; what the trainer computed for them is noted."""
+        found = trajectories(rollout)
+        for one in found:
+            logprobs = one.rollout_logprobs[one.loss_mask]
+            self._trainer.append(self._line(rollout.rollout_id, one.segment, step, logprobs))
+        return found
 
     def _line(self, rollout_id, segment, step, logprobs) -> str:
         gaps = [value + self._random.gauss(0, 1) * 10 ** self._random.uniform(-6, -2) for value in logprobs.tolist()]
@@ -96,11 +110,6 @@ class RunWriter:
         failure = self._failure(kind)
         broken = kind == 17
         cut = [turns[:2], [turns[0], turns[3]]] if broken else [turns]
-        segments = [
-            self.segment(rollout_id, part, segment=index, group_id=group_id, step=step)
-            for index, part in enumerate(cut)
-            if failure is None
-        ]
         rollout = Rollout(
             rollout_id=rollout_id,
             task_index=group_id % 5,
@@ -112,7 +121,10 @@ class RunWriter:
             seconds=self._random.uniform(0.5, 4),
             breaks=(BREAK,) if broken else (),
             failure=failure,
+            calls=self.calls(*cut, step=step) if failure is None else (),
             metrics={"steps": 2.0},
+            reward_components={"exact": 0.5} if kind == 5 else {},
+            masked=kind == 3,
             prompt=[{"role": "user", "content": asked, "type": "message"}],
             output=[
                 {"type": "function_call", "name": "increment_counter", "arguments": f'{{"count": {first}}}'},
@@ -120,7 +132,7 @@ class RunWriter:
                 {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": turns[3]}]},
             ],
         )
-        return rollout, segments
+        return rollout, self.segments(rollout, step=step)
 
     def _failure(self, kind):
         if kind == 23:
@@ -133,9 +145,16 @@ class RunWriter:
         """One rollout of so many tokens: a long context, and a long answer."""
         words = self.ids("the quick brown fox jumps over the lazy dog and counts ")
         many = self.tokenizer.decode((words * (num_tokens // 2 // len(words) + 1))[: num_tokens // 2])
-        segment = self.segment("long", [many, many], group_id=10**6, step=step)
-        rollout = Rollout(rollout_id="long", task_index=0, group_id=10**6, attempt=0, agent="counter", reward=0.5)
-        self.log.write(step, [rollout], {"long": [segment]}, {"long": 0.0})
+        rollout = Rollout(
+            rollout_id="long",
+            task_index=0,
+            group_id=10**6,
+            attempt=0,
+            agent="counter",
+            reward=0.5,
+            calls=self.calls([many, many], step=step),
+        )
+        self.log.write(step, [rollout], {"long": self.segments(rollout, step=step)}, {"long": 0.0})
 
     def close(self, *, metrics=True) -> None:
         self.log.close()
@@ -144,12 +163,22 @@ class RunWriter:
             self.write_metrics(30)
 
     def write_metrics(self, count) -> None:
-        names = ["step", "epoch", "rollout/reward_mean", "train/logprob_diff_max", "train/loss", "val/<b>reward</b>"]
+        names = [
+            "step",
+            "epoch",
+            "rollout/reward_mean",
+            "train/logprob_diff_max",
+            "train/loss",
+            "val/reward_mean",
+            "val/<b>",
+            "val/pass_at_4",
+        ]
         names += [f"time/{phase}_s" for phase in ("sync", "collect", "prepare", "train")]
         lines = [",".join(names)]
         for step in range(count):
             values = [step, 0, 0.3 + step / 60, 10 ** self._random.uniform(-6, -5), 0.1 * self._random.random()]
-            values += [step / 100 if step % 5 == 0 else "", 0.05, 2 + self._random.random(), 0.02, 1.2]
+            values += [step / 100, step / 90, step / 80] if step % 5 == 0 else ["", "", ""]
+            values += [0.05, 2 + self._random.random(), 0.02, 1.2]
             lines.append(",".join(map(str, values)))
         (self.path / "csv").mkdir(exist_ok=True)
         (self.path / "csv" / "metrics.csv").write_text("\n".join(lines) + "\n")

@@ -117,6 +117,8 @@ def _rollout(
         "failure": logged.failure,
         "breaks": logged.breaks,
         "metrics": logged.metrics,
+        "components": logged.reward_components,
+        "remarks": [remark for remark, holds in _remarks(logged).items() if holds],
         "prompt": prompts.index(logged.prompt),
         "output": logged.output,
         "num_tokens": entry.num_tokens,
@@ -126,10 +128,23 @@ def _rollout(
     }
 
 
+def _remarks(logged: LoggedRollout) -> dict[str, bool]:
+    """What is worth a word about a rollout where it holds."""
+    return {
+        "truncated: a call ran into the token limit, or the context window was full": logged.truncated,
+        "context overflow: the last prompt did not fit the context window": logged.context_overflow,
+        "masked: the environment asked to leave it out of the loss": logged.masked,
+        "token ids lost on the way: the ledger alone says what the calls were": logged.ids_lost,
+        f"calls served that are no part of the answer: {logged.unconfirmed_calls}": logged.unconfirmed_calls > 0,
+        f"answers whose tool call could not be read: {logged.invalid_tool_calls}": logged.invalid_tool_calls > 0,
+    }
+
+
 def _segment(segment: LoggedSegment, line: Line | None, table: _IdTable) -> dict[str, Any]:
     """A segment in short.
 
     ``runs`` are the lengths of the stretches of equal mask, the first of which does not train (and may be empty);
+    ``calls`` are start, stop, index, weight version and finish reason of each;
     ``engine`` and ``trainer`` have one float32 a trained token. ``gap`` is the largest difference between them.
 
     Raises:
@@ -145,6 +160,7 @@ def _segment(segment: LoggedSegment, line: Line | None, table: _IdTable) -> dict
     measured = None if line is None or len(line.logprobs) != engine.size else np.asarray(line.logprobs)
     return {
         "version": segment.weight_version,
+        "calls": [[c.start, c.stop, c.index, c.weight_version, c.finish_reason] for c in segment.calls],
         "trained_at": None if line is None else line.step,
         "ids": _base64(np.asarray(table.indices(segment.token_ids)), "<u4"),
         "runs": _runs(mask),

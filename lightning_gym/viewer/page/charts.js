@@ -66,9 +66,9 @@ function makeChart({ title, about, steps, series, stacked, log, unit, onStep }) 
       const at = cursor ?? steps.length - 1;
       hair.hidden = cursor === null;
       hair.style.left = `${(x(at) / PLOT) * 100}%`;
-      values.forEach((value, s) => (value.textContent = short(series[s].values[at])));
+      values.forEach((value, s) => (value.textContent = short(lastKnown(series[s].values, at))));
       plot.setAttribute("aria-valuenow", steps[at]);
-      plot.setAttribute("aria-valuetext", series.map((one) => `${one.label} ${short(one.values[at])}`).join(", "));
+      plot.setAttribute("aria-valuetext", series.map((one) => `${one.label} ${short(lastKnown(one.values, at))}`).join(", "));
     },
   };
   const nearest = (event) => {
@@ -112,7 +112,7 @@ function makeScale(all, { log, stacked }) {
     const every = Math.ceil((top - bottom) / 4);
     const ticks = [];
     for (let power = bottom; power <= top; power += every) ticks.push(10 ** power);
-    return { place: (value) => (value > 0 ? (Math.log10(value) - bottom) / (top - bottom) : null), ticks };
+    return { place: (value) => (value > 0 ? (Math.log10(value) - bottom) / (top - bottom) : NaN), ticks };
   }
   if (stacked || (low >= 0 && low < 0.5 * high)) low = 0;
   // A constant, or one but for rounding, is a level line and not a magnified tremor.
@@ -137,19 +137,16 @@ function distinct(ticks) {
   }
 }
 
+/** What a series last had at a step: validation does not run at every one. */
+function lastKnown(values, at) {
+  while (at > 0 && values[at] === null) at--;
+  return values[at];
+}
+
+/** Through the values there are; a single one is a dot. */
 function linePath(values, x, y) {
-  let path = "";
-  let pen = false;
-  values.forEach((value, i) => {
-    const height = value === null ? NaN : y(value);
-    if (!Number.isFinite(height)) {
-      pen = false;
-      return;
-    }
-    path += `${pen ? "L" : "M"}${x(i).toFixed(1)} ${height.toFixed(1)}${pen ? "" : "h.01"}`;
-    pen = true;
-  });
-  return path;
+  const points = values.map((value, i) => [x(i), value === null ? NaN : y(value)]).filter(([, height]) => Number.isFinite(height));
+  return points.map(([left, height], i) => (i ? "L" : "M") + `${left.toFixed(1)} ${height.toFixed(1)}` + (i ? "" : "h.01")).join("");
 }
 
 function areaPath(top, below, x, y) {

@@ -43,6 +43,11 @@ function sections(series) {
   const byAgent = names.filter((name) => name.startsWith(`${REWARD}/`));
   const reward = series[REWARD];
   const one = (name, label) => ({ name, label: label ?? name.slice(name.indexOf("/") + 1) });
+  /** A metric of validation: `val/METRIC` over all tasks, `val/NAME/METRIC` of a part of them. */
+  const scored = (metric) =>
+    names
+      .filter((name) => name.startsWith("val/") && name.endsWith(`/${metric}`))
+      .map((name) => one(name, name.slice("val/".length, -metric.length - 1) || "all"));
   const phases = RUN.phases.map((phase) => one(`time/${phase}_s`, phase));
   const failures = names.filter((name) => name.startsWith("rollout/failed_"));
   return [
@@ -82,7 +87,18 @@ function sections(series) {
         },
       ],
     },
-    { name: "Validation", charts: names.filter((name) => name.startsWith("val/")).map((name) => ({ title: name, series: [one(name)] })) },
+    {
+      name: "Validation",
+      charts: [
+        { title: "Reward", about: "Mean over tasks, of all and by dataset or environment", series: scored("reward_mean") },
+        {
+          title: "Best of k attempts",
+          about: "With rewards of 0 and 1 this is pass@k",
+          series: names.filter((name) => /^val\/pass_at_\d+$/.test(name)).map((name) => one(name, name.replace("val/pass_at_", "k = "))),
+        },
+        { title: "Length", unit: "sampled tokens a rollout", series: scored("sampled_tokens_mean") },
+      ],
+    },
     {
       name: "Engine and trainer agree",
       charts: [
@@ -143,6 +159,7 @@ function summaryTiles() {
   const gap = summary.max_logprob_diff ?? largest("train/logprob_diff_max");
   const misaligned = summary.misaligned ?? total("rollout/misaligned");
   const dropped = summary.dropped ?? total("rollout/dropped");
+  const lost = (count) => (count === undefined ? "not logged" : count ? "rollouts, not trained on" : "none");
   const steps = summary.steps ?? (RUN.metrics ? RUN.metrics.steps.length * RUN.metrics.width : 0);
   return el(
     "dl",
@@ -151,8 +168,8 @@ function summaryTiles() {
     tile("Optimizer steps", short(steps), RUN.summary ? "finished" : "no summary"),
     tile("Rollouts", short(summary.rollouts ?? RUN.num_rollouts), `${short(RUN.rollouts.length)} in this file`),
     tile("Logprob gap", short(gap, 3), "largest, in nats", gap > 0.1),
-    tile("Misaligned", short(misaligned), misaligned ? "rollouts, not trained on" : "none", misaligned > 0),
-    tile("Dropped", short(dropped), dropped ? "rollouts, not trained on" : "none", dropped > 0),
+    tile("Misaligned", short(misaligned), lost(misaligned), misaligned > 0),
+    tile("Dropped", short(dropped), lost(dropped), dropped > 0),
     summary.train_seconds !== undefined && timeTile(summary),
   );
 }

@@ -15,6 +15,7 @@ const KEYS = [
 ];
 
 function showTab(name) {
+  hideTip();
   for (const tab of tabs) {
     document.getElementById(tab).hidden = tab !== name;
     document.getElementById(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
@@ -125,6 +126,7 @@ function start() {
   for (const tab of tabs) document.getElementById(`tab-${tab}`).addEventListener("click", () => showTab(tab));
   document.addEventListener("keydown", onKey);
   document.getElementById("rollout").addEventListener("scroll", hideTip);
+  addEventListener("resize", hideTip);
   showCurves(openStep);
   showFilter();
   const [name, id] = location.hash.slice(1).split("/");

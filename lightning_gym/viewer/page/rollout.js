@@ -29,7 +29,7 @@ function showRollout(rollout, choose, back) {
     rolloutHead(rollout, back),
     groupStrip(rollout, choose),
     ...(rollout.failure ? [failureCard(rollout.failure)] : []),
-    ...rollout.breaks.map((broke, i) => breakCard(rollout, broke, i)),
+    ...rollout.breaks.map((broke) => breakCard(rollout, broke)),
     bar,
     body,
   );
@@ -40,7 +40,8 @@ function showRollout(rollout, choose, back) {
 
 function rolloutHead(rollout, back) {
   const fact = (name, value, title) => el("div", { title }, el("dt", {}, name), el("dd", {}, value));
-  const versions = [...new Set(rollout.segments.map((segment) => segment.version))].join(", ");
+  const versions = [...new Set(rollout.segments.flatMap((one) => (one.calls.length ? one.calls.map((call) => call[3]) : [one.version])))].join(", ");
+  const number = (value) => (typeof value === "number" ? short(value) : JSON.stringify(value));
   const numbers = Object.entries(rollout.metrics ?? {});
   return el(
     "header",
@@ -64,10 +65,11 @@ function rolloutHead(rollout, back) {
       fact("largest gap", rollout.gap === null ? "not recorded" : `${short(rollout.gap)} nats`, "Between the engine's and the trainer's logprobs"),
       fact("took", `${short(rollout.seconds)} s`),
       rollout.rank > 0 && fact("rank", rollout.rank),
-      rollout.truncated && fact("truncated", "yes", "A call ran into the token limit, or the context window was full"),
-      numbers.map(([name, value]) => fact(name, typeof value === "number" ? short(value) : String(value), "From the environment")),
+      Object.entries(rollout.components).map(([name, value]) => fact(`reward: ${name}`, number(value), "A part of the reward")),
+      numbers.map(([name, value]) => fact(name, number(value), "From the environment")),
       fact("id", el("code", {}, rollout.id)),
     ),
+    rollout.remarks.length > 0 && el("ul", { className: "remarks" }, rollout.remarks.map((remark) => el("li", {}, remark))),
   );
 }
 
@@ -114,7 +116,7 @@ function failureCard(failure) {
 }
 
 /** A splice break with both sides, what they share dimmed and what differs marked. */
-function breakCard(rollout, broke, i) {
+function breakCard(rollout, broke) {
   const [was, is] = [broke.expected_text ?? "", broke.got_text ?? ""];
   const [same, end] = shared(was, is);
   const side = (label, text) =>
@@ -124,10 +126,10 @@ function breakCard(rollout, broke, i) {
       el("h4", {}, label),
       el("pre", {}, visible(text.slice(0, same)), el("mark", {}, visible(text.slice(same, text.length - end)) || "∅"), visible(text.slice(text.length - end))),
     );
-  const s = rollout.breaks.length === rollout.segments.length - 1 ? i + 1 : null;
+  const s = segmentOf(rollout, broke);
   const offset = broke.token_offset;
   const known = offset !== null && offset !== undefined;
-  const reach = s !== null && known && offset < unpacked(rollout.segments[s]).index.length;
+  const reach = s >= 0 && known && offset < unpacked(rollout.segments[s]).index.length;
   return el(
     "section",
     { className: "card warn" },

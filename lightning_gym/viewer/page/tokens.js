@@ -80,14 +80,23 @@ class TokenView {
       flow.append(...this.pieces(segment, s, turn.start, turn.end));
     }
     let note = null;
+    let call = null;
     if (turn.trained) {
       const logprobs = tokens.engine.subarray(turn.first, turn.first + length);
+      call = callAt(segment, turn.start);
       note = el("small", { title: "mean logprob of the engine" }, `${short(logprobs.reduce((a, b) => a + b, 0) / length, 2)} nats`);
     }
     return el(
       "div",
       { className: turn.trained ? "turn sampled" : "turn context" },
-      el("div", { className: "gutter" }, el("b", {}, turn.trained ? "sampled" : "context"), el("small", {}, plural(length, "token")), note),
+      el(
+        "div",
+        { className: "gutter" },
+        el("b", {}, turn.trained ? (call ? `call ${call.index}` : "sampled") : "context"),
+        el("small", {}, plural(length, "token")),
+        note,
+        call?.finish === "length" && el("small", { className: "cut", title: "It ran into the token limit" }, "cut off"),
+      ),
       flow,
     );
   }
@@ -153,7 +162,7 @@ class TokenView {
 
   /** Position at which segment `s` parts from what was served, where the log lets that be known. */
   brokenAt(s) {
-    return s > 0 ? breakOf(this.rollout, s)?.token_offset ?? null : null;
+    return this.rollout.breaks.find((broke) => segmentOf(this.rollout, broke) === s)?.token_offset ?? null;
   }
 
   element(s, position) {
@@ -213,9 +222,9 @@ function gapShade(difference) {
   return clamp((Math.log10(Math.abs(difference) + 1e-9) + 6) / 5, 0, 1);
 }
 
-/** The splice break that opened a segment: each break opens one, unless a rollout has segments of other origins. */
-function breakOf(rollout, s) {
-  return rollout.breaks.length === rollout.segments.length - 1 ? rollout.breaks[s - 1] : null;
+/** The segment that a splice break opened: the one whose first call it names; -1 where none trains, or nobody knows. */
+function segmentOf(rollout, broke) {
+  return rollout.segments.findIndex((segment) => segment.calls[0]?.[2] === broke.call_index);
 }
 
 function tokenFacts(rollout, s, position) {
@@ -234,10 +243,18 @@ function tokenFacts(rollout, s, position) {
       ...facts,
       ["engine", `${engine.toFixed(6)} nats (${(100 * Math.exp(engine)).toPrecision(3)} %)`],
       ["trainer", trainer === undefined ? "not recorded" : `${trainer.toFixed(6)} nats`],
-      ["gap", trainer === undefined ? "–" : Math.abs(engine - trainer) < 1.5e-6 ? "none (≤ 1e−6)" : short(Math.abs(engine - trainer))],
-      ["weight version", segment.version],
+      ["gap", trainer === undefined ? "–" : Math.abs(engine - trainer) < 1e-7 ? "none (< 1e−7)" : `${short(Math.abs(engine - trainer))} nats`],
+      ["weight version", callAt(segment, position)?.version ?? segment.version],
     ],
   };
+}
+
+/** The call that sampled a token; unknown in logs of earlier versions. */
+function callAt(segment, position) {
+  const found = segment.calls.find(([start, stop]) => start <= position && position < stop);
+  if (!found) return null;
+  const [, , index, version, finish] = found;
+  return { index, version, finish };
 }
 
 function showTip(anchor, { title, facts }) {
