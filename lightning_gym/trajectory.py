@@ -121,11 +121,8 @@ def _checked_logprobs(calls: Sequence[Call], rollout: Rollout) -> npt.NDArray[np
         pack_into(f"{len(call.logprobs)}d", logprobs.data, start, *call.logprobs)  # a third of the time of `np.array`
         start += len(call.logprobs) * logprobs.itemsize
     if not (logprobs.max() <= _LOGPROB_SLACK and logprobs.min() > -np.inf):  # the maximum of a NaN is one
-        position = int(((logprobs <= _LOGPROB_SLACK) & (logprobs > -np.inf)).argmin())
-        for call in calls:
-            if position < len(call.logprobs):
-                break
-            position -= len(call.logprobs)
+        owners = [(call, position) for call in calls for position in range(len(call.logprobs))]
+        call, position = owners[int(((logprobs <= _LOGPROB_SLACK) & (logprobs > -np.inf)).argmin())]
         raise AlignmentError(
             f"{_where(call, rollout)}: logprob of sampled token {position} is {call.logprobs[position]}; expected a "
             "finite number of at most 0"

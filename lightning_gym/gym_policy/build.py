@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_gym.errors import ConfigError
 from lightning_gym.tiny_policy.build import RECORD, read_record, write_checkpoint, write_rows
@@ -117,12 +117,13 @@ class GymPolicy:
             hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
         )
+        pad_token_id: Any = tokenizer.pad_token_id
         sft_loss_last = fit(
             ImitationModule(model, lr=self.lr, num_steps=self.sft_steps),
             DemonstrationData(
                 rng.choices(encoded, k=self.sft_steps * self.batch_size),
                 batch_size=self.batch_size,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad_token_id,
             ),
         )
         rewards = _mean_rewards(plan, played)
