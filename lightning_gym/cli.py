@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--limit", type=int, default=2000, help="hold at most this many rollouts")
     report.add_argument("--step", type=int, default=None, help="hold the rollouts of this optimizer step only")
     report.set_defaults(command=_report)
+    _add_eval_arguments(
+        commands.add_parser(
+            "eval",
+            help="play a model or a checkpoint over a dataset: lightning-gym eval counter ckpt_path=FILE, or "
+            "lightning-gym eval --model DIR --rows FILE --gym counter",
+        )
+    )
+    _add_generate_arguments(commands.add_parser("generate", help="play rollouts for a later run, without training"))
     _add_export_arguments(commands.add_parser("export", help="the policy of a checkpoint as a transformers directory"))
     doctor = commands.add_parser("doctor", help="what a model's chat template does, and what that means for training")
     doctor.add_argument("--model", type=Path, required=True, help="directory of a transformers model")
@@ -111,6 +119,28 @@ def _add_warm_start_arguments(warm_start: argparse.ArgumentParser) -> None:
             option = f"--{field.name.replace('_', '-')}"
             warm_start.add_argument(option, type=kind, default=argparse.SUPPRESS, help=f"{field.default} by default")
     warm_start.set_defaults(command=_warm_start)
+
+
+def _add_eval_arguments(evaluation: argparse.ArgumentParser) -> None:
+    evaluation.add_argument("recipe", nargs="*", help="a recipe and overrides, as `train` takes them")
+    evaluation.add_argument("--model", type=Path, default=None, help="a model's directory, or a Trainer's checkpoint")
+    evaluation.add_argument("--model-path", type=Path, default=None, help="config and tokenizer of a checkpoint")
+    evaluation.add_argument("--rows", type=Path, default=None, help="dataset rows; by default the recipe's data.val")
+    evaluation.add_argument(
+        "--gym", default=None, help="an environment's name, a YAML of Gym's, or a head server's URL"
+    )
+    evaluation.add_argument("--samples", type=int, default=None, help="attempts at each task")
+    evaluation.add_argument("--limit", type=int, default=None, help="at most this many tasks on each device")
+    evaluation.add_argument("--out", type=Path, default=None, help="where evaluation.json and val_rollouts.jsonl go")
+    evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    evaluation.set_defaults(command=_eval)
+
+
+def _add_generate_arguments(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("recipe", nargs="+", help="a recipe and overrides, as `train` takes them")
+    generate.add_argument("--steps", type=int, default=1, help="optimizer steps to play rollouts for")
+    generate.add_argument("--save-rollouts", type=Path, default=None, help="by default rollouts.jsonl in the output")
+    generate.set_defaults(command=_generate)
 
 
 def _add_export_arguments(export: argparse.ArgumentParser) -> None:
@@ -191,7 +221,7 @@ def _overrides(arguments: list[str]) -> list[str]:
         if option in arguments[:-1]:
             place = arguments.index(option)
             arguments = [*arguments[:place], f"{key}={arguments[place + 1]}", *arguments[place + 2 :]]
-    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
         return [f"recipe={arguments[0]}", *arguments[1:]]
     return arguments
 
@@ -278,6 +308,33 @@ def _report(arguments: argparse.Namespace) -> None:
         arguments.run_dir, arguments.out, model=arguments.model, max_rollouts=arguments.limit, step=arguments.step
     )
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from lightning_gym.evaluation_run import EvaluationRun
+    from lightning_gym.train import log_to_terminal
+
+    log_to_terminal()
+    result = EvaluationRun(
+        overrides=_overrides(arguments.recipe),
+        model=arguments.model,
+        model_path=arguments.model_path,
+        rows=arguments.rows,
+        gym=arguments.gym,
+        num_samples=arguments.samples,
+        limit=arguments.limit,
+        out=arguments.out,
+    ).run()
+    print(json.dumps(result) if arguments.json else f"{result['table']}\n{result['rollouts']}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from lightning_gym.generation_run import GenerationRun
+    from lightning_gym.train import log_to_terminal
+
+    log_to_terminal()
+    run = GenerationRun(overrides=_overrides(arguments.recipe), num_steps=arguments.steps, path=arguments.save_rollouts)
+    print(run.run())
 
 
 def _export(arguments: argparse.Namespace) -> None:

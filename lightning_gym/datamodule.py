@@ -71,7 +71,7 @@ class GymDataModule(L.LightningDataModule):
     def __init__(
         self,
         train: Rows,
-        val: Rows | Mapping[str, Rows] | None = None,
+        val: Mapping[str, Rows] | Rows | None = None,
         *,
         val_samples: int = 1,
         prompts_per_step: int = 32,

@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting, a dataset row or a model directory is not usable.
     """
-    _log_to_terminal()
+    log_to_terminal()
     check_config(cfg)
     output_dir = Path(cfg.output_dir)
     if absent := absent_packages(cfg):
@@ -83,7 +83,7 @@ def _reward_predicted(warm_start: str | None) -> float | None:
     return json.loads(record.read_text())["reward_predicted"]
 
 
-def _log_to_terminal() -> None:
+def log_to_terminal() -> None:
     """Heartbeats and warnings of this package go to stderr; other libraries keep their own ways."""
     logger = logging.getLogger("lightning_gym")
     logger.setLevel(logging.INFO)

@@ -135,6 +135,8 @@ ORDER = [
     "gym_policy.build",
     "plan",
     "serve",
+    "evaluation_run",
+    "generation_run",
     "train",
     "cli",
 ]
