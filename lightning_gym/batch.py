@@ -160,9 +160,9 @@ def loss_weights(
         aggregation: ``token_mean``: every trained token counts the same, 1 / N (DAPO). ``rollout_mean``: every
             rollout counts the same whatever its length, 1 / (R n_r), where n_r counts the trained tokens of all its
             segments (GRPO). ``rollout_sum``: 1 / R a token. ``prompt_mean``: every group counts the same, 1 / (P n_p)
-            (ScaleRL). ``sequence_mean`` and ``sequence_sum``: 1 / (S n_s) and 1 / S, by segments: as ``rollout_mean``
-            and ``rollout_sum``, but a rollout that was cut into three has three votes. ``constant``: 1 / (R L) with
-            L = `constant_length` (Dr. GRPO).
+            (ScaleRL), for which a group has to be whole on its rank. ``sequence_mean`` and ``sequence_sum``:
+            1 / (S n_s) and 1 / S, by segments: as ``rollout_mean`` and ``rollout_sum``, but a rollout that was cut into
+            three has three votes. ``constant``: 1 / (R L) with L = `constant_length` (Dr. GRPO).
         constant_length: for ``constant``.
         totals: over all ranks; ``None``: there is one.
 

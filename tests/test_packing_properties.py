@@ -233,7 +233,11 @@ def test_no_gradient_depends_on_how_a_step_is_split(models, dtype, data):
     expected = gradient(models[dtype], [pack(window, aggregation=aggregation, dtype=dtype)], loss)
     ranks, num_micro_batches = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 5]))
     shuffled = data.draw(st.permutations(window))
-    whole_rollouts = [[t for t in shuffled if crc32(t.rollout_id.encode()) % ranks == rank] for rank in range(ranks)]
+    # Ranks play whole groups. Only a mean over prompts needs them whole; the others are held to whole rollouts.
+    owners = [
+        crc32(str(t.group_id if aggregation == "prompt_mean" else t.rollout_id).encode()) % ranks for t in shuffled
+    ]
+    of_ranks = [[t for t, owner in zip(shuffled, owners, strict=True) if owner == rank] for rank in range(ranks)]
     batches_of_ranks = [
         pack(
             part,
@@ -244,7 +248,7 @@ def test_no_gradient_depends_on_how_a_step_is_split(models, dtype, data):
             dtype=dtype,
             share_prefix=data.draw(st.booleans()),
         )
-        for part in whole_rollouts
+        for part in of_ranks
     ]
     assert {len(batches) for batches in batches_of_ranks} == {num_micro_batches}
     assert relative(gradient(models[dtype], batches_of_ranks, loss), expected) <= LIMITS[dtype]
