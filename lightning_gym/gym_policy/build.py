@@ -105,7 +105,7 @@ class GymPolicy:
         with tempfile.TemporaryDirectory() as run_dir:
             played = play(plan, python=python, run_dir=Path(run_dir), seed=self.seed)
         template = tiny_tokenizer()  # renders text; its ids are not used
-        texts = template.apply_chat_template([one.messages for one in played], tokenize=False)
+        texts: Any = template.apply_chat_template([one.messages for one in played], tokenize=False)
         tokenizer = tiny_tokenizer(texts, vocab_size=1024)
         encoder = Encoder(tokenizer)
         encoded = [encoder.conversation(one.messages) for one in played]
