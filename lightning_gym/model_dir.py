@@ -25,12 +25,13 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def check_model_dir(path: Path, *, weights: bool = True) -> None:
+def check_model_dir(path: Path, *, weights: bool = True, tokenizer: bool = True) -> None:
     """Refuse a directory that is no complete model's.
 
     Args:
         path: of the directory.
         weights: whether weights have to be there, all shards of them.
+        tokenizer: whether a tokenizer has to.
 
     Raises:
         ConfigError: names what is missing.
@@ -41,7 +42,7 @@ def check_model_dir(path: Path, *, weights: bool = True) -> None:
             "tokenizer and *.safetensors"
         )
     missing = [] if (path / "config.json").is_file() else ["config.json"]
-    if not _some(path, TOKENIZER_FILES):
+    if tokenizer and not _some(path, TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")
     if weights:
         missing += _missing_weights(path)

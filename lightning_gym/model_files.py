@@ -10,8 +10,12 @@ from lightning_gym.model_dir import check_model_dir
 _DESCRIBED = Path(__file__).with_name("model_configs")
 
 
-def check_model(model: str | Path) -> None:
+def check_model(model: str | Path, *, tokenizer: bool = True) -> None:
     """Refuse a local directory that is not there or not whole; a name on a hub is left to whoever loads it.
+
+    Args:
+        model: a directory, or a hub's name.
+        tokenizer: whether a tokenizer has to be in it.
 
     Raises:
         ConfigError: names what is missing.
@@ -21,7 +25,7 @@ def check_model(model: str | Path) -> None:
         if _is_local(model):
             raise ConfigError(f"there is no model directory {model} (looked from {Path.cwd()})")
         return
-    check_model_dir(path)
+    check_model_dir(path, tokenizer=tokenizer)
 
 
 def find_config(model: str | Path) -> tuple[Any, str]:

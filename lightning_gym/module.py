@@ -227,5 +227,5 @@ def _adapted(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def _load(model: str | Path, dtype: str) -> nn.Module:
-    check_model(model)
+    check_model(model, tokenizer=False)  # which may lie elsewhere: GymCallback(model_path=...)
     return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
