@@ -134,12 +134,12 @@ def test_the_time_of_a_validation_inside_a_window_is_no_training_time(model_dir,
     played = module.evaluate
 
     def slow(*arguments, **changes):
-        time.sleep(0.5)
+        time.sleep(3)  # a busy machine's training step takes less
         return played(*arguments, **changes)
 
     monkeypatch.setattr(module, "evaluate", slow)
     _, callback, _, _, _ = fit(model_dir, tmp_path, trainer={"accumulate_grad_batches": 2, "max_steps": 1})
-    assert callback.history[0]["time/train_s"] < 0.5
+    assert callback.history[0]["time/train_s"] < 3
 
 
 # -- what is logged
