@@ -31,7 +31,7 @@ class Estimate:
 
         Example:
             >>> Estimate.of([0.0, 1.0, 1.0, 0.0])
-            Estimate(mean=0.5, error=0.2886751345948129)
+            Estimate(mean=0.5, error=0.28867513459481287)
         """
         count = len(values)
         mean = sum(values) / count if count else math.nan
