@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gym.errors import ConfigError
-from lightning_gym.tiny_policy.build import RECORD, read_record, write_checkpoint, write_rows
+from lightning_gym.tiny_policy.build import RECORD, build_once, write_checkpoint, write_rows
 
 if TYPE_CHECKING:
     from lightning_gym.gym_policy.demonstrations import Demonstration
@@ -65,18 +64,10 @@ class GymPolicy:
         """
         from lightning_gym.gym.servers import gym_python
 
-        target = Path(out) / f"{self.environment}-seed{self.seed}"
-        key = self._key()
-        if (read_record(target) or {}).get("key") == key:
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            built = Path(scratch) / target.name
-            built.mkdir()
-            self._build(built, key, gym_python(python))
-            shutil.rmtree(target, ignore_errors=True)
-            built.replace(target)
-        return target
+        def build(target: Path, key: str) -> None:
+            self._build(target, key, gym_python(python))
+
+        return build_once(Path(out) / f"{self.environment}-seed{self.seed}", self._key(), build)
 
     def _key(self) -> str:
         from lightning_gym import testing

@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -62,18 +62,7 @@ class TinyPolicy:
 
     def ensure(self, out: str | os.PathLike[str]) -> Path:
         """Return ``out/<environment>-seed<seed>``, building it unless it is there and made from equal settings."""
-        target = Path(out) / f"{self.environment}-seed{self.seed}"
-        key = self._key()  # now: a source file that is edited during the build must not become the key of its result
-        if (read_record(target) or {}).get("key") == key:
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            # Built aside and moved in whole: an interrupted build leaves no directory that looks finished.
-            built = Path(scratch) / target.name
-            self._build(built, key)
-            shutil.rmtree(target, ignore_errors=True)
-            built.replace(target)
-        return target
+        return build_once(Path(out) / f"{self.environment}-seed{self.seed}", self._key(), self._build)
 
     def _key(self) -> str:
         """Hash of the settings and of the source that turns them into a policy."""
@@ -193,6 +182,28 @@ class TinyPolicy:
         sampled = measure(model, tokenizer, teacher.environment, measured, seed=self.seed)
         greedy = measure(model, tokenizer, teacher.environment, validation, temperature=0.0)
         return sampled, greedy
+
+
+def build_once(target: Path, key: str, build: Callable[[Path, str], None]) -> Path:
+    """Have `build` fill a directory, unless one with this key is there; returns `target`.
+
+    Args:
+        target: what is made, or replaced.
+        key: of what goes into it, taken before the build: a source file that is edited meanwhile must not become the
+            key of the result.
+        build: is given an empty directory and the key, and writes its record last.
+    """
+    if (read_record(target) or {}).get("key") == key:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        # Built aside and moved in whole: an interrupted build leaves no directory that looks finished.
+        built = Path(scratch) / target.name
+        built.mkdir()
+        build(built, key)
+        shutil.rmtree(target, ignore_errors=True)
+        built.replace(target)
+    return target
 
 
 def read_record(policy: str | os.PathLike[str]) -> dict[str, Any] | None:
