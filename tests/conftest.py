@@ -29,6 +29,18 @@ def policy_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    """A directory that a policy is loaded from: weights of the tiniest model, and the tiny tokenizer."""
+    from lightning_gym.testing import tiny_model, tiny_tokenizer
+
+    directory = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
+    tiny_model(tokenizer, hidden_size=32, num_layers=1, num_kv_heads=1).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def one_thread():
     """Torch on one thread: tiny tensors gain nothing from more, and lose a lot on a machine that is busy."""
     import torch

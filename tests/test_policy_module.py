@@ -28,15 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(directory)
-    tiny_model(tokenizer, hidden_size=32, num_layers=1, num_kv_heads=1).save_pretrained(directory)
-    return directory
-
-
 def ids_decide(self, response):
     """A reward that differs inside a group, so that an untrained policy has something to learn."""
     return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)

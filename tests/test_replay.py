@@ -22,15 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPERATURE = 0.8
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(directory)
-    tiny_model(tokenizer, hidden_size=32, num_layers=1, num_kv_heads=1).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(autouse=True)
 def varied(monkeypatch):
     def ids_decide(self, response):

@@ -31,15 +31,6 @@ PROFILES = {"train": PROFILE, "eval": PROFILE}
 MAX_MODEL_LEN = 200
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(directory)
-    tiny_model(tokenizer, hidden_size=32, num_layers=1, num_kv_heads=1).save_pretrained(directory)
-    return directory
-
-
 def tasks(count=2):
     import random
 

@@ -16,18 +16,9 @@ from lightning_gym.logprobs import token_logprobs
 from lightning_gym.losses import grpo
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import read_rollout_log
-from lightning_gym.testing import FakeEngine, FakeGym, tiny_model, tiny_tokenizer
+from lightning_gym.testing import FakeEngine, FakeGym
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(directory)
-    tiny_model(tokenizer, hidden_size=32, num_layers=1, num_kv_heads=1).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(autouse=True)
