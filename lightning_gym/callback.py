@@ -5,6 +5,7 @@ Hook bodies are a few lines; what they do is in `lightning_gym.colocation` and `
 
 import logging
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lightning_gym.memory_budget import Precision
 from lightning_gym.policy.engine import Engine
 from lightning_gym.policy.ledger import Profile
 from lightning_gym.policy.parsers import BUILTIN
-from lightning_gym.policy_checks import check_sampling
+from lightning_gym.policy_checks import check_lag, check_sampling
 from lightning_gym.preconditions import check_trainer
 from lightning_gym.ranks import rank_dir
 from lightning_gym.replay import Replay
@@ -193,8 +194,14 @@ class GymCallback(L.Callback):
         self.find_policy(pl_module)
         if stage == "validate":
             return
+        assert self._stream is not None
+        max_lag = self._stream.settings.max_lag
+        expect_lag: Callable[[int], None] | None = getattr(pl_module, "expect_lag", None)
+        if expect_lag is not None:
+            expect_lag(max_lag)
         corrected = getattr(pl_module, "correction", no_correction) is not no_correction
         check_sampling(self.colocation.profiles["train"], corrected=corrected)
+        check_lag(max_lag, corrected=corrected)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -233,6 +240,7 @@ class GymCallback(L.Callback):
             ranks=ranks_of(trainer),
             precision=_precision(trainer),
             max_tokens_per_micro_batch=0 if self._stream is None else self._stream.settings.max_tokens_per_micro_batch,
+            max_lag=0 if self._stream is None else self._stream.settings.max_lag,
         )
 
     def evaluate(self, trainer: L.Trainer, *, max_tasks_per_rank: int) -> list[EvaluationGroup]:
@@ -249,8 +257,14 @@ class GymCallback(L.Callback):
         )
         return list(self._evaluation.groups)
 
-    def next_window(self, trainer: L.Trainer, stream: RolloutStream) -> list[TrajectoryBatch]:
-        """Called by the loader: the micro-batches of the next optimizer step."""
+    def next_window(self, trainer: L.Trainer, stream: RolloutStream, *, last: bool = False) -> list[TrajectoryBatch]:
+        """Called by the loader: the micro-batches of the next optimizer step.
+
+        Args:
+            trainer: whose loader it is.
+            stream: of its data module.
+            last: no window is going to follow, so none is played ahead.
+        """
         _check_not_prefetched(trainer)
         start = stream.cursor.position
         batches = stream.window(
@@ -258,6 +272,7 @@ class GymCallback(L.Callback):
             version=trainer.global_step,
             num_micro_batches=trainer.accumulate_grad_batches,
             loss_divisor=trainer.accumulate_grad_batches,
+            last=last,
         )
         if isinstance(self.colocation, Replay):
             with trainer.strategy.precision_plugin.forward_context():
@@ -277,7 +292,7 @@ class GymCallback(L.Callback):
             )
         assert self._stream is not None
         if not isinstance(self.colocation, Replay):  # which tells of its lag instead
-            _check_on_policy(batch, trainer.global_step, max_lag=self._stream.settings.updates_per_collection - 1)
+            _check_on_policy(batch, trainer.global_step, max_lag=self._stream.settings.max_token_lag)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # Lightning's loggers see a window's last batch only
             values = dict(self._step_metrics)
             pl_module.log_dict({metrics.REWARD: values.pop(metrics.REWARD)}, prog_bar=True, batch_size=1)

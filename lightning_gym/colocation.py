@@ -5,16 +5,13 @@ Gym started; then, step by step, *sync* (engine paused) -> *collect* (engine run
 the end Gym, endpoint, engine, whatever happened before.
 """
 
-import asyncio
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_gym.collect import Collection, Collector, Stragglers
@@ -26,6 +23,7 @@ from lightning_gym.gym.servers import Gym, SpawnedGym
 from lightning_gym.ladder import SyncMode
 from lightning_gym.logprobs import check_packing
 from lightning_gym.memory_budget import Precision, compute_dtype, precision_of, trainer_bytes_to_come
+from lightning_gym.open_collection import LoopThread, OpenCollection
 from lightning_gym.packed_attention import use_packed_attention
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.endpoint import Endpoint
@@ -35,13 +33,14 @@ from lightning_gym.policy.parsers import BUILTIN
 from lightning_gym.policy.service import PolicyService
 from lightning_gym.policy_checks import check_adapters, check_no_dropout, check_vocabulary
 from lightning_gym.ranks import Ranks
-from lightning_gym.rollout import SamplingProfile
+from lightning_gym.rollout import Rollout, SamplingProfile
 from lightning_gym.sync import SyncReport, WeightSync
 from lightning_gym.tasks import DealtTask, Task, check_agents
 from lightning_gym.weights import checkpoint_weights
 
 _log = logging.getLogger(__name__)
 _NUM_PROMPTS_CHECKED = 64
+_CLOSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +100,8 @@ class Colocation:
         self._run_dir = Path()
         self._endpoint: Endpoint | None = None
         self._sync: WeightSync | None = None
-        self._runner: asyncio.Runner | None = None
+        self._play: LoopThread | None = None
+        self._open: OpenCollection | None = None
         self._client: GymClient | None = None
         self._collector: Collector | None = None
         self._evaluator: Callable[[str], Collector] | None = None
@@ -119,6 +119,7 @@ class Colocation:
         ranks: Ranks,
         precision: Precision | None = None,
         max_tokens_per_micro_batch: int = 0,
+        max_lag: int = 0,
     ) -> None:
         """Bring everything up, and check whatever can be checked before a rollout is paid for.
 
@@ -131,6 +132,7 @@ class Colocation:
             ranks: who else trains.
             precision: of the Trainer; the engine computes in what it casts to. ``None``: as the parameters are.
             max_tokens_per_micro_batch: packed tokens whose activations will live beside the engine.
+            max_lag: optimizer steps by which the weights that sample may be behind when a collection begins to train.
 
         Raises:
             ConfigError: the model mixes packed sequences, has dropout, an adapter that cannot be merged, or fewer rows
@@ -173,7 +175,7 @@ class Colocation:
                 ),
             )
         )
-        self._sync = WeightSync(self._engine, model, mode=self._sync_mode, ranks=ranks)
+        self._sync = WeightSync(self._engine, model, mode=self._sync_mode, ranks=ranks, max_lag=max_lag)
         built = time.perf_counter()
         endpoint.start()
         self._closers.append(("gym", self._gym.close))
@@ -201,8 +203,7 @@ class Colocation:
 
     def _connect(self, head_url: str, run_id: str) -> None:
         settings = self._settings
-        runner = asyncio.Runner()
-        self._runner = runner
+        self._play = LoopThread()
         self._closers.append(("client", self._disconnect))
 
         async def connect() -> GymClient:
@@ -212,7 +213,7 @@ class Colocation:
             await client.connect()
             return client
 
-        self._client = client = runner.run(connect())
+        self._client = client = self._play.submit(connect()).result()
         recovery = Recovery(client, self._restart_gym, away_s=settings.gym_away_s)
 
         def collector(run_id: str, stragglers: Stragglers | None = None) -> Collector:
@@ -233,10 +234,12 @@ class Colocation:
         self._evaluator = lambda number: collector(f"{run_id}-{number}")
 
     def _disconnect(self) -> None:
-        assert self._runner is not None
+        if self._open is not None:
+            self._open.abandon()
+        assert self._play is not None
         if self._client is not None:
-            self._runner.run(self._client.close())
-        self._runner.close()
+            self._play.submit(self._client.close()).result(timeout=_CLOSE_S)
+        self._play.close()
 
     def _release_weights(self) -> None:
         sync, self._sync = self._sync, None
@@ -251,7 +254,7 @@ class Colocation:
         return self._endpoint
 
     def ensure_synced(self, version: int) -> None:
-        """Give the engine the trainer's weights unless it has them already.
+        """Give the engine the trainer's weights unless it has them already; waits for a collection that is open.
 
         Args:
             version: the optimizer step that the trainer's weights are of.
@@ -261,6 +264,7 @@ class Colocation:
         """
         if self._sync is None:
             raise EngineError("the colocation has not been started")
+        self._settle()
         if self._engine.weight_version != version or "weights" in self._engine.asleep:
             report = self._sync.sync(version)
             self._report = report
@@ -282,19 +286,36 @@ class Colocation:
     def collect(self, dealt: Sequence[DealtTask], *, group_size: int, profile: Profile) -> Collection:
         """Play `group_size` attempts at every task with the weights the engine has.
 
-        The trainer's random state is the same afterwards: vLLM's sampler draws from torch's global generators.
-
         Raises:
             CollectionError: too many rollouts failed.
         """
-        if self._runner is None or self._collector is None:
+        return self.begin(dealt, group_size=group_size, profile=profile).result()
+
+    def begin(
+        self,
+        dealt: Sequence[DealtTask],
+        *,
+        group_size: int,
+        profile: Profile,
+        on_group: Callable[[list[Rollout]], None] | None = None,
+    ) -> OpenCollection:
+        """Begin to play `group_size` attempts at every task with the weights the engine has, and do not wait.
+
+        One collection is open at a time: another one, an evaluation or a sync waits for its end.
+
+        Args:
+            dealt: the tasks.
+            group_size: attempts at each.
+            profile: of the sampling.
+            on_group: is given each group as soon as its last attempt is over, on the thread that plays; it has to be
+                quick.
+
+        Raises:
+            WeightSyncError: the engine shares the trainer's weights, and they changed since they were synced.
+        """
+        if self._collector is None:
             raise EngineError("the colocation has not been started")
-        with self.playing():
-            return self._runner.run(
-                self._collector.collect(
-                    dealt, group_size=group_size, profile_name=profile, profile=self.profiles[profile]
-                )
-            )
+        return self._begin(self._collector, dealt, group_size=group_size, profile=profile, on_group=on_group)
 
     def evaluate(self, dealt: Sequence[DealtTask], *, group_size: int) -> Collection:
         """Play held-out tasks with the weights the engine has, sampled as the eval profile says.
@@ -305,35 +326,76 @@ class Colocation:
         Raises:
             CollectionError: too many rollouts failed.
         """
-        if self._runner is None or self._evaluator is None:
+        if self._evaluator is None:
             raise EngineError("the colocation has not been started")
         self._num_evaluations += 1  # ids are unique in the run: a late call of an earlier evaluation is nobody's
         collector = self._evaluator(f"eval{self._num_evaluations}")
-        profile = self.profiles["eval"]
-        with self.playing():
-            return self._runner.run(
-                collector.collect(dealt, group_size=group_size, profile_name="eval", profile=profile)
+        return self._begin(collector, dealt, group_size=group_size, profile="eval").result()
+
+    def _begin(
+        self,
+        collector: Collector,
+        dealt: Sequence[DealtTask],
+        *,
+        group_size: int,
+        profile: Profile,
+        on_group: Callable[[list[Rollout]], None] | None = None,
+    ) -> OpenCollection:
+        assert self._play is not None
+        self._enter_play()
+        future = self._play.submit(
+            collector.collect(
+                dealt,
+                group_size=group_size,
+                profile_name=profile,
+                profile=self.profiles[profile],
+                on_group=on_group,
             )
+        )
+        self._open = OpenCollection(future, check=self._check_alive, finish=self._leave_play)
+        return self._open
 
     @contextlib.contextmanager
     def playing(self) -> Generator[None]:
-        """The engine's turn: the endpoint answers inside, and the trainer's random state is the same afterwards.
+        """The engine's turn: the endpoint answers inside.
 
         Raises:
             WeightSyncError: the engine shares the trainer's weights, and they changed since they were synced.
         """
+        self._enter_play()
+        try:
+            yield
+        except BaseException:
+            self._engine.pause()
+            raise
+        self._leave_play()
+
+    def _enter_play(self) -> None:
+        self._settle()
+        sync = self._started_sync()
+        sync.check_unchanged()
+        sync.wake()
+        self._engine.resume()
+
+    def _leave_play(self) -> None:
+        self._engine.pause()
+        sync = self._started_sync()
+        sync.check_unchanged()
+        sync.rest()
+
+    def _settle(self) -> None:
+        if self._open is not None:
+            self._open.settle()
+
+    def _started_sync(self) -> WeightSync:
         if self._sync is None:
             raise EngineError("the colocation has not been started")
-        with random_state_kept():
-            self._sync.check_unchanged()
-            self._sync.wake()
-            self._engine.resume()
-            try:
-                yield
-            finally:
-                self._engine.pause()
-            self._sync.check_unchanged()
-            self._sync.rest()
+        return self._sync
+
+    def _check_alive(self) -> None:
+        """Raise what has died of that which rollouts depend on."""
+        self._engine.check_alive()
+        self.endpoint.check_alive()
 
     def close(self) -> None:
         """Stop everything that was started, last first; bounded, idempotent, never raises. Then it may start again."""
@@ -345,19 +407,6 @@ class Colocation:
             except Exception:  # noqa: BLE001  logged; what was started after it still has to be closed
                 _log.exception("closing the %s failed; the rest is closed all the same", name)
             _log.debug("closed the %s in %.2f s", name, time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Generator[None]:
-    """Restore torch's global generators on exit."""
-    cpu = torch.random.get_rng_state()
-    devices: Any = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(cpu)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
 
 
 def check_prompts(tasks: Sequence[Task], chat: ChatFormat, max_model_len: int) -> None:

@@ -33,6 +33,10 @@ class WindowSettings:
     updates_per_collection: int = 1
     """Optimizer steps on the rollouts of one collection, which then plays that many times `prompts_per_step` tasks.
     Each rollout trains once; those of the n-th step were sampled by weights n - 1 steps old."""
+    max_lag: int = 0
+    """Optimizer steps by which the weights that sample a collection may be behind when it begins to train. 0: it is
+    played when it is asked for. From 1 on: while the one before it trains, which makes it one step old. With several
+    updates a collection, its n-th window is another n - 1 steps older."""
     baseline: Baseline = "group_mean"
     """See `lightning_gym.advantages.group_advantages`."""
     advantage_scale: Scale = "none"
@@ -64,6 +68,8 @@ class WindowSettings:
         for name in ("prompts_per_step", "updates_per_collection", "max_resample_rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_lag < 0:
+            raise ConfigError(f"max_lag is {self.max_lag}; expected 0, or 1 to play while the trainer trains")
         if self.reward_weights is not None and self.advantage_scale != "none":
             raise ConfigError(
                 f"advantage_scale={self.advantage_scale!r} has no meaning with reward_weights: each component is "
@@ -75,6 +81,11 @@ class WindowSettings:
                 "needs constant_length, the fixed number of tokens a rollout is divided by, and no other takes it"
             )
         self._check_overlong()
+
+    @property
+    def max_token_lag(self) -> int:
+        """Optimizer steps by which a trained token's weights may be behind."""
+        return self.max_lag + self.updates_per_collection - 1
 
     def _check_overlong(self) -> None:
         limit, buffer = self.overlong_max_tokens, self.overlong_buffer_tokens

@@ -41,6 +41,9 @@ class GymDataModule(L.LightningDataModule):
         updates_per_collection: optimizer steps on the rollouts of one collection, which then plays that many times
             `prompts_per_step` tasks before the first of them. Each rollout trains once; ratios are taken to the weights
             before the first of these steps.
+        max_lag: 0: a step is played by the weights that it trains, and one thing is done at a time. 1: the next step is
+            played while this one trains, by weights one optimizer step old; a correction for it is switched on, and the
+            weights are copied instead of shared. One collection is ahead, so larger numbers allow no more.
         baseline: what a reward is compared with, see `lightning_gym.advantages.group_advantages`.
         advantage_scale: what the difference is divided by.
         reward_weights: compare the environments' reward components one by one, and add them with these weights, see
@@ -78,6 +81,7 @@ class GymDataModule(L.LightningDataModule):
         group_size: int = 8,
         steps_per_epoch: int | None = None,
         updates_per_collection: int = 1,
+        max_lag: int = 0,
         baseline: Baseline = "group_mean",
         advantage_scale: Scale = "none",
         reward_weights: Mapping[str, float] | None = None,
@@ -115,6 +119,7 @@ class GymDataModule(L.LightningDataModule):
             prompts_per_step=prompts_per_step,
             group_size=group_size,
             updates_per_collection=updates_per_collection,
+            max_lag=max_lag,
             baseline=baseline,
             advantage_scale=advantage_scale,
             reward_weights=reward_weights,
@@ -250,6 +255,16 @@ class WindowLoader:
         """Nothing to load."""
 
     def __iter__(self) -> Iterator[Sealed]:
-        for _ in range(self._steps):
-            for batch in self._callback.next_window(self._trainer, self._stream):
+        for number in range(self._steps):
+            last = self._is_last_of_run(number)
+            for batch in self._callback.next_window(self._trainer, self._stream, last=last):
                 yield Sealed(batch)
+
+    def _is_last_of_run(self, number: int) -> bool:
+        """Whether no window follows the one that is asked for, as far as the Trainer's limits say."""
+        trainer = self._trainer
+        if trainer.max_steps != -1 and trainer.global_step + 1 >= trainer.max_steps:
+            return True
+        last_epoch = trainer.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready // trainer.accumulate_grad_batches
+        return last_epoch and max(number, done) + 1 >= self._steps

@@ -7,10 +7,12 @@
     │   └── TaskError                   one dataset row: which file, which line, which key
     ├── GymError (RuntimeError)         the Gym side of the HTTP border
     │   ├── GymStartError               a Gym server did not come up, or is not reachable
-    │   └── CollectionError             too many rollouts of one collection failed; carries the innermost cause
+    │   ├── CollectionError             too many rollouts of one collection failed; carries the innermost cause
+    │   └── CollectionAbandonedError    a collection was given up before its end, because the run ends
     ├── EngineError (RuntimeError)      the colocated engine
     │   ├── EngineStartError            it could not be built
     │   ├── EngineDeadError             it died while running; every waiting request gets this
+    │   ├── EndpointDeadError           the thread that serves it died, or stopped serving
     │   ├── RequestAbortedError         a pause ended a request that was running; asked again, it waits for its turn
     │   ├── PromptTooLongError          a prompt leaves no room for a token; the endpoint's one overflow reply
     │   └── WeightSyncError             weights could not be handed over, or the check afterwards disagreed
@@ -51,6 +53,10 @@ class CollectionError(GymError):
     """A collection lost more rollouts than its failure policy allows."""
 
 
+class CollectionAbandonedError(GymError):
+    """A collection was given up before its end: the run ends, or the process was asked to stop."""
+
+
 class EngineError(LightningGymError, RuntimeError):
     """The colocated engine failed."""
 
@@ -61,6 +67,10 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine stopped working; the cause is chained."""
+
+
+class EndpointDeadError(EngineError):
+    """The endpoint serves no longer; the cause is chained."""
 
 
 class RequestAbortedError(EngineError):

@@ -19,7 +19,8 @@ class FakeEngine:
 
     Args:
         max_model_len: tokens of context.
-        script: what to "sample" instead of sampling: ``(prompt_ids, seed) -> token ids``.
+        script: what to "sample" instead of sampling: ``(prompt_ids, seed) -> token ids``. An `Exception` fails the
+            request; anything else that it raises, such as `SystemExit`, is the engine's death.
         logprob: what to report instead of the model's: ``(position, token id) -> nats``; a function that is different
             for every pair shows any misplaced token.
         max_num_seqs: accepted for likeness; requests are answered one after the other.
@@ -50,6 +51,7 @@ class FakeEngine:
         self._wake = threading.Condition()
         self._running = False
         self._closed = False
+        self._death: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -67,7 +69,7 @@ class FakeEngine:
         if self._thread is not None and self._thread.is_alive():
             raise EngineStartError("this engine runs already; close it first")
         self.events.append("start")
-        self._version, self._running, self._closed = None, False, False
+        self._version, self._running, self._closed, self._death = None, False, False, None
         self.asleep = frozenset()
         try:
             config = AutoConfig.from_pretrained(model.path)
@@ -83,12 +85,13 @@ class FakeEngine:
 
     def generate(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, deliver: Deliver) -> None:
         with self._wake:
-            if not self._closed and len(prompt_ids) < self._max_model_len:
+            gone = self._closed or self._death is not None
+            if not gone and len(prompt_ids) < self._max_model_len:
                 self._waiting[request_id] = (list(prompt_ids), sampling, deliver)
                 self._wake.notify()
                 return
-        reason = "was closed" if self._closed else f"has room for {self._max_model_len} tokens"
-        deliver(EngineDeadError(f"the engine {reason}") if self._closed else EngineError(f"the engine {reason}"))
+        reason = "was closed or died" if gone else f"has room for {self._max_model_len} tokens"
+        deliver(EngineDeadError(f"the engine {reason}") if gone else EngineError(f"the engine {reason}"))
 
     def abort(self, request_id: str) -> None:
         with self._wake:
@@ -125,6 +128,10 @@ class FakeEngine:
         if part in self.asleep:
             self.events.append(f"wake:{part}")
             self.asleep -= {part}
+
+    def check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(f"the engine died: {self._death!r}") from self._death
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         import torch
@@ -170,6 +177,16 @@ class FakeEngine:
             self._wake.notify()
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # noqa: BLE001  a dead engine must answer everybody who waits
+            with self._wake:
+                self._death = error
+                waiting, self._waiting = self._waiting, {}
+            for _, _, deliver in waiting.values():
+                deliver(EngineDeadError(f"the engine died: {error!r}"))
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closed or (self._running and self._waiting))

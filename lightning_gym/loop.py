@@ -23,7 +23,7 @@ from lightning_gym.ladder import SyncMode
 from lightning_gym.memory_budget import Precision
 from lightning_gym.policy.engine import Engine
 from lightning_gym.policy.ledger import Profile
-from lightning_gym.policy_checks import check_sampling
+from lightning_gym.policy_checks import check_lag, check_sampling
 from lightning_gym.ranks import Ranks, rank_dir
 from lightning_gym.reference import with_old_logprobs
 from lightning_gym.rollout import SamplingProfile
@@ -71,7 +71,7 @@ class GymLoop:
         accelerator: Accelerate's, where the model was prepared by one.
         ranks: who else trains, on other data; ``None``: everybody in ``torch.distributed``'s process group.
         sampling: of rollouts; ``top_p`` and ``top_k`` only with `corrected`.
-        corrected: the loop's loss applies one of `lightning_gym.corrections`.
+        corrected: the loop's loss applies one of `lightning_gym.corrections`; needed with ``max_lag`` in `window`.
         collect: how rollouts are played.
         sync_mode: how the engine gets the weights, see `lightning_gym.GymCallback`.
         model_path: directory with the model's config, tokenizer and chat template; ``None``: where the model was
@@ -116,6 +116,7 @@ class GymLoop:
         """Who else trains; rank 0 is the one to print."""
         profile = sampling or SamplingProfile()
         check_sampling(profile, corrected=corrected)
+        check_lag(window.max_lag, corrected=corrected)
         profiles: dict[Profile, SamplingProfile] = {"train": profile, "eval": profile}
         self._colocation = Colocation(engine, gym, profiles, collect or CollectSettings(), sync_mode=sync_mode)
         self._stream = RolloutStream(read_tasks(tasks, agent=agent), window, seed=seed)
@@ -156,6 +157,7 @@ class GymLoop:
                 ranks=self.ranks,
                 precision=self._precision,
                 max_tokens_per_micro_batch=self._stream.settings.max_tokens_per_micro_batch,
+                max_lag=self._stream.settings.max_lag,
             )
         except BaseException:
             self.close()
@@ -185,6 +187,7 @@ class GymLoop:
                 version=self.step,
                 num_micro_batches=self._num_micro_batches,
                 loss_divisor=self._loss_divisor,
+                last=self.step + 1 >= max_steps,
             )
             self.metrics = self._stream.metrics | self._colocation.take_sync_metrics()
             self._steps_seen, self._left = 0, len(batches)

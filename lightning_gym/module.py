@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM
 
 from lightning_gym.batch import TrajectoryBatch
-from lightning_gym.corrections import Correction, check_composition, correction_named, with_correction_scale
+from lightning_gym.corrections import (
+    Correction,
+    check_composition,
+    correction_named,
+    token_tis,
+    with_correction_scale,
+)
 from lightning_gym.errors import ConfigError, NotFiniteError
 from lightning_gym.liger import use_liger
 from lightning_gym.lm_head import use_float32_head
@@ -42,7 +48,8 @@ class PolicyModule(L.LightningModule):
         loss: a name in `lightning_gym.losses.LOSSES`, or a function ``(logprobs, batch) -> (loss, metrics)``, such as
             ``functools.partial(dapo, clip_high=0.3)``.
         correction: for the mismatch of engine and trainer, a name in `lightning_gym.corrections.CORRECTIONS`, or a
-            function ``(logprobs, batch) -> (batch, metrics)``.
+            function ``(logprobs, batch) -> (batch, metrics)``. ``None``: ``"token_tis"`` where rollouts are played
+            ahead (``GymDataModule(max_lag=1)``), else ``"none"``.
         normalise_correction: divide the correction's weights by their mean over the window; costs another forward.
         kl_coefficient: of the KL to the reference; 0: none.
         kl_in: ``loss``: `lightning_gym.penalties.kl_penalty`; ``reward``: `lightning_gym.penalties.kl_in_reward`.
@@ -72,7 +79,7 @@ class PolicyModule(L.LightningModule):
         *,
         peft_config: Any = None,
         loss: str | Loss = "grpo",
-        correction: str | Correction = "none",
+        correction: str | Correction | None = None,
         normalise_correction: bool = False,
         kl_coefficient: float = 0.0,
         kl_in: Literal["loss", "reward"] = "loss",
@@ -90,7 +97,8 @@ class PolicyModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.loss = loss_named(loss) if isinstance(loss, str) else loss
-        self.correction = correction_named(correction) if isinstance(correction, str) else correction
+        self._correction_is_given = correction is not None
+        self.correction = correction_named(correction or "none") if isinstance(correction, str | None) else correction
         check_composition(self.loss, self.correction)
         if lr_scheduler is not None and warmup_steps:
             raise ConfigError("warmup_steps and lr_scheduler both set the learning rate; give one of them")
@@ -136,6 +144,11 @@ class PolicyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.reference is not None:
             check_packing(self.reference)
+
+    def expect_lag(self, max_lag: int) -> None:
+        """Called by `GymCallback.setup`: rollouts may be of weights so many optimizer steps old."""
+        if max_lag and not self._correction_is_given:
+            self.correction = token_tis
 
     def prepare_window(self, batches: list[TrajectoryBatch], ranks: Ranks) -> list[TrajectoryBatch]:
         """Called for every window before the first of its collection trains; collective."""

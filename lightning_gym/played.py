@@ -21,19 +21,29 @@ class Played:
     rollouts: list[Rollout] = field(default_factory=list[Rollout])
     segments: dict[str, list[Trajectory]] = field(default_factory=dict[str, list[Trajectory]])
     """By rollout id; a rollout that failed has none."""
+    _misaligned: dict[str, str] = field(default_factory=dict[str, str])
 
-    def add(self, collection: Collection) -> None:
-        """Align another collection; a rollout that does not line up becomes a failed one."""
-        for rollout in collection.rollouts:
+    def align(self, rollouts: Iterable[Rollout]) -> None:
+        """Align rollouts that are over while others are being played; each one once."""
+        for rollout in rollouts:
             if rollout.failure is None:
                 try:
                     self.segments[rollout.rollout_id] = trajectories(rollout)
                 except AlignmentError as error:
                     _log.warning("%s", error)
-                    failure = Misaligned(message=str(error), how=Misalignment.BAD_CALL)
-                    self.rollouts.append(replace(rollout, failure=failure, reward=None))
-                    continue
-            self.rollouts.append(rollout)
+                    self._misaligned[rollout.rollout_id] = str(error)
+
+    def add(self, collection: Collection) -> None:
+        """Take in another collection, of which a rollout that does not line up becomes a failed one."""
+        known = self.segments.keys() | self._misaligned.keys()
+        self.align(rollout for rollout in collection.rollouts if rollout.rollout_id not in known)
+        for rollout in collection.rollouts:
+            said = self._misaligned.get(rollout.rollout_id)
+            if said is None:
+                self.rollouts.append(rollout)
+            else:
+                failure = Misaligned(message=said, how=Misalignment.BAD_CALL)
+                self.rollouts.append(replace(rollout, failure=failure, reward=None))
 
     def outcomes(self) -> list[Outcome]:
         """Of every rollout."""

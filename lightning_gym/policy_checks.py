@@ -86,6 +86,25 @@ def check_sampling(profile: SamplingProfile, *, corrected: bool) -> None:
         )
 
 
+def check_lag(max_lag: int, *, corrected: bool) -> None:
+    """Refuse to train on tokens of older weights, unless their ratio to the current ones enters the loss.
+
+    Args:
+        max_lag: of `lightning_gym.comparison.WindowSettings`.
+        corrected: whether a correction for the difference of sampler and trainer is on.
+
+    Raises:
+        ConfigError: rollouts are played ahead, and nothing corrects for it.
+    """
+    if max_lag > 0 and not corrected:
+        raise ConfigError(
+            f"max_lag is {max_lag}: tokens are sampled by weights that the optimizer has moved on from, and no "
+            "correction is on. PolicyModule has one of its own accord unless correction='none' switches it off; a "
+            "module of yours applies one of lightning_gym.corrections and names it in its attribute `correction`, and "
+            "a loop says GymLoop(corrected=True)"
+        )
+
+
 def _attention_dropout(module: nn.Module) -> float:
     value = getattr(module, "attention_dropout", 0.0)
     return value if isinstance(value, float) else 0.0

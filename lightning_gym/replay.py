@@ -8,7 +8,8 @@ and is told so.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_gym.colocation import CollectSettings, Colocation
 from lightning_gym.errors import ConfigError
 from lightning_gym.logprobs import check_packing
 from lightning_gym.memory_budget import Precision
+from lightning_gym.open_collection import OpenCollection
 from lightning_gym.packed_attention import use_packed_attention
 from lightning_gym.policy.ledger import Profile
 from lightning_gym.policy_checks import check_no_dropout
@@ -84,6 +86,7 @@ class Replay(Colocation):
         ranks: Ranks,
         precision: Precision | None = None,
         max_tokens_per_micro_batch: int = 0,
+        max_lag: int = 0,
     ) -> None:
         """Make the model ready to train on packed rows; nothing else is started.
 
@@ -114,6 +117,22 @@ class Replay(Colocation):
         """
         rollouts = [rollout for task in dealt for rollout in self._group(task, group_size)]
         return Collection(rollouts=rollouts, seconds=max((rollout.seconds for rollout in rollouts), default=0.0))
+
+    def begin(
+        self,
+        dealt: Sequence[DealtTask],
+        *,
+        group_size: int,
+        profile: Profile,
+        on_group: Callable[[list[Rollout]], None] | None = None,
+    ) -> OpenCollection:
+        """The same, over at once; what is wrong with it is raised by its ``result``."""
+        future: Future[Collection] = Future()
+        try:
+            future.set_result(self.collect(dealt, group_size=group_size, profile=profile))
+        except ConfigError as error:
+            future.set_exception(error)
+        return OpenCollection(future, check=lambda: None, finish=lambda: None)
 
     def evaluate(self, dealt: Sequence[DealtTask], *, group_size: int) -> Collection:
         """A log holds no answers to new tasks.

@@ -11,6 +11,7 @@ from lightning_gym.batch import StepTotals, TrajectoryBatch, loss_weights, pack_
 from lightning_gym.colocation import Colocation
 from lightning_gym.comparison import Comparison, WindowSettings, compare
 from lightning_gym.errors import CollectionError, ConfigError
+from lightning_gym.open_collection import OpenCollection
 from lightning_gym.outcome import Outcome, compared
 from lightning_gym.played import Played, Span, spans
 from lightning_gym.ranks import Ranks
@@ -59,6 +60,8 @@ class RolloutStream:
         self.prepare: Prepare | None = None
         """Called on every rank for every window; several updates a collection need it."""
         self._waiting: collections.deque[_Window] = collections.deque()
+        self._ahead: _Begun | None = None
+        """What is played while the windows before it train."""
         self._identity: dict[str, Any] = {
             "version": _STATE_VERSION,
             "seed": seed,
@@ -87,6 +90,7 @@ class RolloutStream:
         check_same_run(state, self._run())
         self.cursor.position = state["position"]
         self._waiting.clear()
+        self._ahead = None
         return self.cursor.position
 
     def _run(self) -> dict[str, Any]:
@@ -96,12 +100,13 @@ class RolloutStream:
         return dict(self._identity)
 
     def window(
-        self, colocation: Colocation, *, version: int, num_micro_batches: int, loss_divisor: int
+        self, colocation: Colocation, *, version: int, num_micro_batches: int, loss_divisor: int, last: bool = False
     ) -> list[TrajectoryBatch]:
         """The next window: exactly `num_micro_batches` micro-batches.
 
         Unless one is left of the last collection, this syncs, collects, aligns and packs. Moves the cursor on when the
-        window is complete.
+        window is complete. With ``max_lag``, the collection is the one that was begun when the window before this was
+        handed out; what it failed of is raised here, on all ranks; and the next one is begun with the weights of now.
 
         Args:
             colocation: started.
@@ -110,6 +115,7 @@ class RolloutStream:
             loss_divisor: what ``backward`` divides a micro-batch's loss by: ``accumulate_grad_batches`` under a
                 Trainer, ``gradient_accumulation_steps`` with Accelerate, 1 elsewhere. Undone by ``loss_weight``, as is
                 the average over ranks that data-parallel training takes.
+            last: no window is going to be asked for after this one.
 
         Raises:
             WeightSyncError: trainer and engine disagree.
@@ -120,48 +126,68 @@ class RolloutStream:
         clock = metrics.PhaseClock()
         seconds: dict[str, float] = {}
         if not self._waiting:
-            with ranks.agreeing():
-                colocation.ensure_synced(version)
+            begun, self._ahead = self._ahead, None
+            if begun is None or begun.collection.is_abandoned:
+                begun = self._begin(colocation, version)
             seconds = clock.lap("sync")
-            collected = self._collect(colocation)
+            collected = self._collect(colocation, begun)
             seconds |= clock.lap("collect")
             with ranks.agreeing():
                 if self.log is not None:
                     self.log.write(
                         version, collected.played.rollouts, collected.played.segments, collected.comparison.advantages
                     )
-            packing = _Packing(colocation, version, num_micro_batches, loss_divisor * ranks.size)
+            packing = _Packing(colocation, begun.version, num_micro_batches, loss_divisor * ranks.size)
             self._waiting.extend(self._window(collected, span, packing) for span in collected.spans)
         window = self._waiting.popleft()
         self.cursor.position = window.span.stop
-        self._measure(window, version, seconds | clock.lap("prepare"), ranks)
+        seconds |= clock.lap("prepare")
+        if self.settings.max_lag and not self._waiting and not last:
+            self._ahead = self._begin(colocation, version)
+            seconds |= clock.lap("begin")
+        self._measure(window, version, seconds, ranks)
         return window.batches
 
-    def _collect(self, colocation: Colocation) -> "_Collected":
-        """Play; with ``resample`` again and again, each time as many tasks as groups are missing."""
+    def _begin(self, colocation: Colocation, version: int) -> "_Begun":
+        """Begin to play the tasks after the last window's, with the weights of now."""
+        settings, ranks = self.settings, colocation.ranks
+        dealt = self.cursor.peek(settings.prompts_per_step * settings.updates_per_collection)
+        played = Played()
+        with ranks.agreeing():
+            colocation.ensure_synced(version)
+        with ranks.agreeing():
+            here = shard(dealt, ranks.rank, ranks.size)
+            collection = colocation.begin(here, group_size=settings.group_size, profile="train", on_group=played.align)
+        return _Begun(collection, played, len(dealt), version)
+
+    def _collect(self, colocation: Colocation, begun: "_Begun") -> "_Collected":
+        """Wait; with ``resample`` play again and again, each time as many tasks as groups are missing."""
         settings, ranks, start = self.settings, colocation.ranks, self.cursor.position
-        wanted = settings.prompts_per_step * settings.updates_per_collection
-        rounds = 1 + (settings.max_resample_rounds if settings.zero_variance == "resample" else 0)
-        played, num_dealt, missing = Played(), 0, wanted
-        outcomes: list[Outcome] = []
-        comparison = Comparison(advantages={}, groups=[])
-        for _ in range(rounds):
+        played, num_dealt, wanted = begun.played, begun.num_dealt, begun.num_dealt
+        with ranks.agreeing():
+            played.add(begun.collection.result())
+        outcomes, comparison = self._compared(played, ranks)
+        for _ in range(settings.max_resample_rounds if settings.zero_variance == "resample" else 0):
+            missing = wanted - len(comparison.groups)
+            if not missing:
+                break
+            _log.info("%d of %d groups do not count for the step", missing, wanted)
             dealt = self.cursor.peek(num_dealt + missing)[num_dealt:]
             with ranks.agreeing():
                 here = shard(dealt, ranks.rank, ranks.size)
                 played.add(colocation.collect(here, group_size=settings.group_size, profile="train"))
             num_dealt += missing
-            outcomes = [outcome for of_rank in ranks.gather(played.outcomes()) for outcome in of_rank]
-            comparison = compare(outcomes, settings)
-            missing = wanted - len(comparison.groups)
-            if not missing:
-                break
-            _log.info("%d of %d groups do not count for the step", missing, wanted)
+            outcomes, comparison = self._compared(played, ranks)
         num_spans = settings.updates_per_collection
         if len(comparison.groups) < num_spans:
             raise CollectionError(_nothing_to_train(outcomes, settings, num_spans))
         cut = spans(comparison.groups, num_spans=num_spans, start=start, stop=start + num_dealt)
         return _Collected(played, outcomes, comparison, cut)
+
+    def _compared(self, played: Played, ranks: Ranks) -> tuple[list[Outcome], Comparison]:
+        """The outcomes of all ranks, and what they teach."""
+        outcomes = [outcome for of_rank in ranks.gather(played.outcomes()) for outcome in of_rank]
+        return outcomes, compare(outcomes, self.settings)
 
     def _window(self, collected: "_Collected", span: Span, packing: "_Packing") -> "_Window":
         settings, colocation, ranks = self.settings, packing.colocation, packing.colocation.ranks
@@ -219,6 +245,19 @@ class RolloutStream:
 
 _STATE_VERSION = 2
 _FILLERS = "batch/filler_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A collection that was begun."""
+
+    collection: OpenCollection
+    played: Played
+    """Gets its groups as they end."""
+    num_dealt: int
+    """Tasks of it, over all ranks."""
+    version: int
+    """The optimizer step whose weights sample it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -363,3 +363,19 @@ def test_an_engine_whose_head_stays_in_another_dtype_is_refused(tmp_path, monkey
     engine = VLLMEngine(max_model_len=64, max_num_seqs=4, kv_cache_memory_bytes=8 << 20, head_dtype="float32")
     with pytest.raises(EngineStartError, match="computes the LM head in bfloat16"):
         engine.start(EngineModel(path=tmp_path, dtype="bfloat16", weights=lambda: checkpoint_weights(model)))
+
+
+def test_generating_seeded_requests_leaves_the_global_generators_to_the_trainer(started):
+    engine, _, _ = started
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    engine.resume()
+    try:
+        generate(engine, [PROMPT, PROMPT[:3]], sampling())
+    finally:
+        engine.pause()
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]  # noqa: NPY002
+
+
+def test_a_live_engine_is_found_alive(started):
+    started[0].check_alive()

@@ -70,6 +70,7 @@ ORDER = [
     "progress",
     "collection",
     "collect",
+    "open_collection",
     "trajectory",
     "model_dir",
     "rollout_log",

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 import uvicorn
 
-from lightning_gym.errors import ConfigError
+from lightning_gym.errors import ConfigError, EndpointDeadError
 from lightning_gym.policy.app import App
 from lightning_gym.policy.service import PolicyService
 
@@ -50,7 +50,10 @@ class Endpoint:
         self._socket = _bind(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}/v1"
         self._server: uvicorn.Server
+        self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
+        self._death: BaseException | None = None
+        self._is_over = False
 
     def start(self) -> None:
         """Serve from now on."""
@@ -71,16 +74,31 @@ class Endpoint:
         ready: Future[None] = Future()
 
         async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
             ready.set_result(None)
             await self._server.serve(sockets=[self._socket])
 
         def run() -> None:
             with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-                runner.run(serve())
+                try:
+                    runner.run(serve())
+                except BaseException as error:  # noqa: BLE001  `check_alive` raises it
+                    self._death = error
+                self._is_over = True
 
         self._thread = threading.Thread(target=run, name="lightning-gym-http", daemon=True)
         self._thread.start()
         ready.result()
+
+    def check_alive(self) -> None:
+        """Look whether requests are still answered.
+
+        Raises:
+            EndpointDeadError: the thread that answers them has ended; what ended it is chained.
+        """
+        if self._is_over:
+            why = "it stopped serving" if self._death is None else repr(self._death)
+            raise EndpointDeadError(f"the endpoint {self.url} is dead: {why}") from self._death
 
     def close(self) -> None:
         """Stop serving; bounded, idempotent."""

@@ -70,7 +70,10 @@ class Engine(Protocol):
     """A generation engine in the trainer's own process.
 
     Threads: `start`, `update_weights`, `prompt_logprobs`, `pause`, `resume` and `close` are called from the trainer's
-    main thread and block; `generate` and `abort` may be called from any thread and do not.
+    main thread and block; `generate`, `abort` and `check_alive` may be called from any thread and do not.
+
+    Generating seeded requests leaves the process's random generators as they are: a trainer may draw from them at the
+    same time.
 
     Life: ``start``, paused and with `weight_version` ``None``; then any number of ``update_weights`` while
     paused; generations run only between ``resume`` and ``pause``; ``close``, from any state. Then it may start
@@ -112,6 +115,14 @@ class Engine(Protocol):
 
     def pause(self) -> None:
         """Stop stepping. Requests that run or wait get a `RequestAbortedError`: none spans two weight versions."""
+        ...
+
+    def check_alive(self) -> None:
+        """Look whether the engine can still work.
+
+        Raises:
+            EngineDeadError: its thread died; the cause is chained.
+        """
         ...
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:

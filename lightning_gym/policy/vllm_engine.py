@@ -154,6 +154,10 @@ class VLLMEngine:
 
         self._call(stop)
 
+    def check_alive(self) -> None:
+        if self._death is not None:
+            raise self._dead_error()
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         return self._call(lambda: self._prompt_logprobs(list(token_ids)))
 
@@ -297,6 +301,7 @@ class VLLMEngine:
 
             if model.device.startswith("cpu"):
                 vllm_weights.keep_cpu_weights_live()
+                vllm_private.draw_from_no_global_generator()
             vllm_weights.register_loader()
             self._owns_process_group = not torch.distributed.is_initialized()
             try:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import random
+import types
 import warnings
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,38 @@ def trainer_world_intact() -> Generator[None]:
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
+
+
+class _TorchWithOwnDraws:
+    """The module ``torch``, except that ``randint`` without a generator draws from one of its own."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator()
+
+    def randint(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.randint(*args, **({"generator": self._generator} | kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def draw_from_no_global_generator() -> None:
+    """Leave torch's global CPU generator to the trainer, which may train while the engine samples.
+
+    0.32 ``v1/sample/ops/topk_topp_sampler.py: TopKTopPSampler.forward_cpu`` draws a seed for every row of the batch
+    from the global generator, and then replaces those of requests that have a seed, as all of ours do. On CUDA
+    ``random_sample`` draws only where a request has none.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    sampler: Any = topk_topp_sampler.TopKTopPSampler
+    original = getattr(sampler, "forward_cpu", None)
+    if original is None or isinstance(original.__globals__["torch"], _TorchWithOwnDraws):
+        return
+    names = {**original.__globals__, "torch": _TorchWithOwnDraws()}
+    sampler.forward_cpu = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
 
 
 def shut_down(engine: "LLMEngine", *, owns_process_group: bool) -> None:
