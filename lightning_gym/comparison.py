@@ -35,8 +35,8 @@ class WindowSettings:
     Each rollout trains once; those of the n-th step were sampled by weights n - 1 steps old."""
     max_lag: int = 0
     """Optimizer steps by which the weights that sample a collection may be behind when it begins to train. 0: it is
-    played when it is asked for. From 1 on: while the one before it trains, which makes it one step old. With several
-    updates a collection, its n-th window is another n - 1 steps older."""
+    played when it is asked for. 1: while the one before it trains, which makes it one step old. With several updates a
+    collection, its n-th window is another n - 1 steps older."""
     baseline: Baseline = "group_mean"
     """See `lightning_gym.advantages.group_advantages`."""
     advantage_scale: Scale = "none"
@@ -68,8 +68,11 @@ class WindowSettings:
         for name in ("prompts_per_step", "updates_per_collection", "max_resample_rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.max_lag < 0:
-            raise ConfigError(f"max_lag is {self.max_lag}; expected 0, or 1 to play while the trainer trains")
+        if self.max_lag not in (0, 1):
+            raise ConfigError(
+                f"max_lag is {self.max_lag}; expected 0, or 1 to play the next step while this one trains: one "
+                "collection is open at a time, so none can be further ahead"
+            )
         if self.reward_weights is not None and self.advantage_scale != "none":
             raise ConfigError(
                 f"advantage_scale={self.advantage_scale!r} has no meaning with reward_weights: each component is "

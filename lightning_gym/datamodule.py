@@ -43,7 +43,7 @@ class GymDataModule(L.LightningDataModule):
             before the first of these steps.
         max_lag: 0: a step is played by the weights that it trains, and one thing is done at a time. 1: the next step is
             played while this one trains, by weights one optimizer step old; a correction for it is switched on, and the
-            weights are copied instead of shared. One collection is ahead, so larger numbers allow no more.
+            weights are copied instead of shared.
         baseline: what a reward is compared with, see `lightning_gym.advantages.group_advantages`.
         advantage_scale: what the difference is divided by.
         reward_weights: compare the environments' reward components one by one, and add them with these weights, see

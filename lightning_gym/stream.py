@@ -174,6 +174,8 @@ class RolloutStream:
             _log.info("%d of %d groups do not count for the step", missing, wanted)
             dealt = self.cursor.peek(num_dealt + missing)[num_dealt:]
             with ranks.agreeing():
+                colocation.ensure_synced(begun.version)  # an engine that can sleep does so between collections
+            with ranks.agreeing():
                 here = shard(dealt, ranks.rank, ranks.size)
                 played.add(colocation.collect(here, group_size=settings.group_size, profile="train"))
             num_dealt += missing

@@ -55,7 +55,7 @@ class WeightSync:
         model: the causal language model being trained.
         mode: a rung of the ladder; ``"auto"`` takes the first whose preconditions hold.
         max_lag: optimizer steps by which a rollout's weights may be behind; from 1 on training runs while the engine
-            samples, and its weights must not change with the trainer's.
+            samples: it never sleeps, and its weights must not change with the trainer's.
         ranks: who else trains. Where they hold a part of the policy each, a sync is collective.
 
     Raises:
@@ -77,12 +77,13 @@ class WeightSync:
         self._ranks = ranks or Ranks()
         self._is_sharded = is_sharded(model)
         self._mode: SyncMode = mode
+        self._max_lag = max_lag
         self._views, no_views = _views_of(engine)
         self._inventory = Inventory(model)
         held = self._known = self._inventory.look()
         self._manifest = Manifest(held, self._views)
         self._canary = Canary(engine, model)
-        self._rung = self._choose(held, no_views, max_lag)
+        self._rung = self._choose(held, no_views)
         self._stamp: list[int] = []
 
     def sync(self, version: int) -> SyncReport:
@@ -160,9 +161,10 @@ class WeightSync:
     def rest(self) -> None:
         """Let the trainer have the engine's memory until the next sync or collection, where the engine can sleep.
 
-        What is shared cannot be given back: then it is the KV cache alone.
+        What is shared cannot be given back: then it is the KV cache alone. With `max_lag` nothing is given: trainer and
+        engine work at the same time.
         """
-        if self._engine.can_sleep:
+        if self._engine.can_sleep and not self._max_lag:
             self._engine.sleep(weights=not isinstance(self._rung, Share))
 
     def wake(self) -> None:
@@ -174,12 +176,14 @@ class WeightSync:
         """Leave the model with tensors of its own; call it when the engine is gone."""
         self._rung.close(self._inventory.look())
 
-    def _choose(self, held: Sequence[Weight], no_views: str | None, max_lag: int) -> Rung:
+    def _choose(self, held: Sequence[Weight], no_views: str | None) -> Rung:
         refused: dict[SyncMode, str] = {}
         if self._views is None:
             refused["share"] = refused["copy"] = no_views or ""
-        elif max_lag >= 1:
-            refused["share"] = f"max_lag is {max_lag}, so training would change weights that the engine samples from"
+        elif self._max_lag:
+            refused["share"] = (
+                f"max_lag is {self._max_lag}, so training would change weights that the engine samples from"
+            )
         elif self._is_sharded:
             refused["share"] = "every rank holds a part of the policy, and its engine needs all of it"
         elif (reason := Share.refusal(held, self._views)) is not None:

@@ -368,11 +368,7 @@ def test_an_engine_whose_head_stays_in_another_dtype_is_refused(tmp_path, monkey
 def test_generating_seeded_requests_leaves_the_global_generators_to_the_trainer(started):
     engine, _, _ = started
     before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-    engine.resume()
-    try:
-        generate(engine, [PROMPT, PROMPT[:3]], sampling())
-    finally:
-        engine.pause()
+    generate(engine, [PROMPT, PROMPT[:3]], [sampling(), sampling()])
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]  # noqa: NPY002
 

@@ -16,18 +16,9 @@ from lightning_gym.logprobs import token_logprobs
 from lightning_gym.losses import grpo
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import read_rollout_log
-from lightning_gym.testing import FakeEngine, FakeGym, tiny_model, tiny_tokenizer
+from lightning_gym.testing import FakeEngine, FakeGym
 
 pytestmark = pytest.mark.usefixtures("one_thread", "varied_rewards")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(directory)
-    tiny_model(tokenizer, hidden_size=64, num_layers=1).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture
@@ -187,6 +178,30 @@ def test_resampling_goes_on_after_what_was_played_ahead(model_dir, tmp_path, mon
         fit(model_dir, tmp_path, data={"zero_variance": "resample", "max_resample_rounds": 2})
 
 
+def test_an_engine_that_could_sleep_stays_awake_where_it_plays_while_the_trainer_trains(model_dir, tmp_path):
+    engine = FakeEngine(max_model_len=96, can_sleep=True)
+    fit(model_dir, tmp_path, engine=engine)
+    assert not [event for event in engine.events if event.startswith(("sleep", "wake"))]
+
+
+def test_a_validation_waits_for_what_is_being_played_and_leaves_it_to_the_next_step(model_dir, tmp_path):
+    ends = []
+    for name, val in (("with", rows(2)), ("without", None)):
+        trainer = {"max_steps": 4, "num_sanity_val_steps": 0}
+        if val:
+            trainer |= {"val_check_interval": 2, "check_val_every_n_epoch": None}
+        policy, callback, _ = fit(model_dir, tmp_path / name, data={"val": val}, trainer=trainer)
+        ends.append((played(tmp_path / name), [entry["batch/lag"] for entry in callback.history], policy))
+        assert [entry["step"] for entry in callback.evaluations] == ([2, 4] if val else [])
+    (lines, lags, policy), (lines_alone, lags_alone, alone) = ends
+    assert lines == lines_alone
+    assert lags == lags_alone == [0, 1, 1, 1]
+    pairs = zip(policy.parameters(), alone.parameters(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in pairs)
+    _, evaluated = read_rollout_log(tmp_path / "with" / "val_rollouts.jsonl")
+    assert {(line["step"], line["segments"][0]["weight_version"]) for line in evaluated} == {(2, 2), (4, 4)}
+
+
 # -- what goes wrong in the background is raised at the next window, by name
 
 
@@ -274,6 +289,7 @@ def test_an_exception_in_training_ends_the_collection_that_is_open(model_dir, tm
         ({"module": {"correction": "none"}}, "max_lag is 1.*no correction is on"),
         ({"sync_mode": "share"}, "sync_mode='share' cannot be used: max_lag is 1"),
         ({"data": {"max_lag": -1}}, "max_lag is -1"),
+        ({"data": {"max_lag": 2}}, "max_lag is 2.*one collection is open at a time"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(changes, said, model_dir, tmp_path):

@@ -28,11 +28,9 @@ def model_dir(tmp_path):
     return tmp_path / "model"
 
 
-def fit(model_dir, run_dir, engine, *, sync_mode, updates=1):
+def fit(model_dir, run_dir, engine, *, sync_mode, **data):
     rng = random.Random(0)
-    data = GymDataModule(
-        [Counter.row(rng) for _ in range(4)], prompts_per_step=2, group_size=2, updates_per_collection=updates
-    )
+    tasks = GymDataModule([Counter.row(rng) for _ in range(4)], prompts_per_step=2, group_size=2, **data)
     gym = GymCallback(
         engine=engine,
         gym=FakeGym(max_steps=2),
@@ -42,7 +40,7 @@ def fit(model_dir, run_dir, engine, *, sync_mode, updates=1):
     )
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = L.Trainer(max_steps=2, accumulate_grad_batches=2, enable_model_summary=False, callbacks=[gym], **options)
-    trainer.fit(PolicyModule(model_dir, lr=1e-2), datamodule=data)
+    trainer.fit(PolicyModule(model_dir, lr=1e-2), datamodule=tasks)
     return gym
 
 
@@ -63,6 +61,23 @@ def test_weights_wake_before_they_are_written_and_the_cache_only_afterwards(mode
     assert events[first + 2 : first + 2 + len(ORDER[sync_mode])] == ORDER[sync_mode], "once for two micro-batches"
     assert events[-3:] == ["pause", ORDER[sync_mode][1], "close"]
     assert all(entry["sync/canary_diff"] < 1e-4 for entry in gym.history)
+
+
+def test_a_second_round_of_a_collection_has_its_weights_again(model_dir, tmp_path, monkeypatch):
+    num_verified = 0
+
+    def equal_at_first(self, response):
+        nonlocal num_verified
+        num_verified += 1
+        return 1.0 if num_verified <= 4 else float(num_verified)
+
+    monkeypatch.setattr(Counter, "verify", equal_at_first)
+    engine = FakeEngine(max_model_len=96, can_sleep=True)
+    gym = fit(model_dir, tmp_path / "run", engine, sync_mode="copy", zero_variance="resample")
+    assert [entry["rollout/count"] for entry in gym.history] == [8, 4]
+    again = ["pause", "sleep:weights", "wake:weights", "update:0", "wake:kv_cache", "resume", "pause", "sleep:weights"]
+    first = engine.events.index("pause")
+    assert engine.events[first : first + len(again)] == again
 
 
 def test_an_engine_that_cannot_sleep_is_not_asked_to(model_dir, tmp_path):
