@@ -15,6 +15,8 @@ from lightning_gym.weights import Weight
 
 _ONE_THREAD_BYTES = 1 << 20
 """What one core copies in the time in which it would wake others: tens of microseconds."""
+_SHARE_BYTES = 4 << 20
+"""What a thread of its own pays for: waking one takes longer than a core takes to copy less."""
 _MAX_THREADS = 4
 """That copy small tensors, each its share of them: more find no more bandwidth in the time that it takes."""
 
@@ -121,7 +123,7 @@ class _Plan:
 def _shares(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[_Pairs]:
     """Dealt to as many threads as torch uses, of about equal bytes; fewer where there is little to copy."""
     num_bytes = sum(view.nbytes for view, _ in pairs)
-    num_shares = max(1, min(torch.get_num_threads(), _MAX_THREADS, num_bytes // _ONE_THREAD_BYTES))
+    num_shares = max(1, min(torch.get_num_threads(), _MAX_THREADS, num_bytes // _SHARE_BYTES))
     shares: list[_Pairs] = [([], []) for _ in range(num_shares)]
     filled = [0] * num_shares
     for view, source in sorted(pairs, key=lambda pair: -pair[0].nbytes):
