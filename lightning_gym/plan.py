@@ -110,7 +110,7 @@ def _check_parts(cfg: DictConfig, plan: Plan) -> None:
             plan.problems.append(f"{name}: {error.__cause__ or error}")
     policy = _Arguments(cfg.policy)
     try:
-        check_composition(loss_named(policy.get("loss", "grpo")), correction_named(policy.get("correction", "none")))
+        check_composition(loss_named(policy.get("loss", "grpo")), correction_named(policy.get("correction") or "none"))
     except ConfigError as error:
         plan.problems.append(str(error))
 

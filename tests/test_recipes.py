@@ -99,6 +99,11 @@ def test_lora_on_one_24_gb_gpu_fits(data):
     assert "an adapter of 33.0 M that alone trains" in dict(plan.facts)["model"]
 
 
+def test_a_plan_leaves_the_choice_of_a_correction_to_the_run_that_plays_ahead(data):
+    plan = plan_run(["recipe=counter", "data.max_lag=1", "policy.correction=null"])
+    assert not [problem for problem in plan.problems if "correction" in problem]
+
+
 def test_a_plan_says_which_memory_is_too_much(data):
     plan = plan_run(["recipe=workplace_assistant", *data["workplace_assistant"], "engine.kv_cache_memory_bytes=60e9"])
     assert "of a device's 79.0" in plan.problems[0]
