@@ -128,9 +128,9 @@ def step(scale: Scale) -> list[Row]:
             super().on_fit_start(trainer, pl_module)
             peaks["engine build"] = peak_gb(scale.device)
 
-        def next_window(self, trainer: L.Trainer, stream: Any) -> Any:
+        def next_window(self, trainer: L.Trainer, stream: Any, *, last: bool = False) -> Any:
             forget_peak(scale.device)
-            window = super().next_window(trainer, stream)
+            window = super().next_window(trainer, stream, last=last)
             peaks["sync and collect"] = peak_gb(scale.device)
             forget_peak(scale.device)
             return window
