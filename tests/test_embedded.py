@@ -22,7 +22,7 @@ from lightning_gym.gym.agent_loop import Agent
 from lightning_gym.gym.conversion import chat_messages, chat_request, response_items
 from lightning_gym.gym.embedded import EmbeddedGym
 from lightning_gym.gym.embedded_server import agent_app, aggregate_metrics, listen
-from lightning_gym.gym.environments import Counter, Environment, ReverseString, load_environment
+from lightning_gym.gym.environments import Counter, Environment, ReverseString, load_environment, tool
 from lightning_gym.gym.policy_client import PolicyClient
 from lightning_gym.gym.wire import TOKEN_BUNDLE
 
@@ -286,6 +286,27 @@ def test_a_counter_is_played_to_its_reward():
     with_ids = [item["type"] for item in result["response"]["output"] if TOKEN_BUNDLE[0] in item]
     assert with_ids == ["function_call", "function_call", "message"]
     assert play(Counter, turns[1:], counter_row()).body["reward"] == 0.0
+
+
+def test_a_tool_and_a_verifier_that_wait_are_waited_for():
+    class Patient(Counter):
+        @tool
+        async def get_counter_value(self) -> dict[str, int]:
+            await asyncio.sleep(0)
+            return {"count": self.count}
+
+        async def verify(self, response):
+            await asyncio.sleep(0)
+            return super().verify(response)
+
+    turns = [
+        completion(calls=[("increment_counter", '{"count": 3}'), ("get_counter_value", "{}")]),
+        completion("6"),
+    ]
+    result = play(Patient, turns, counter_row()).body
+    assert result["reward"] == 1.0
+    outputs = [item["output"] for item in result["response"]["output"] if item["type"] == "function_call_output"]
+    assert outputs == ['{"success":true}', '{"count":6}']
 
 
 def test_a_policy_that_never_stops_calling_tools_is_stopped_after_max_steps():

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import random
+from typing import ClassVar
 
 import pytest
 
@@ -218,3 +219,44 @@ def test_an_environment_without_a_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match="Nameless has no `name"):
         load_environment("nameless_environments:Nameless")
+
+
+class Sandbox(Environment):
+    """Its tool and its verifier wait for each other's rollouts: none ends unless two are played at once."""
+
+    name = "sandbox"
+    waiting: ClassVar[asyncio.Barrier]
+
+    @tool
+    async def run(self, code: str) -> dict[str, int]:
+        await self.waiting.wait()
+        return {"length": len(code)}
+
+    async def verify(self, response):
+        await self.waiting.wait()
+        return 0.5
+
+
+def test_tools_and_verifiers_that_wait_hold_up_no_other_rollout():
+    async def play(sandbox):
+        assert await sandbox.answer("run", {"code": "ab"}) == '{"length":2}'
+        assert (await sandbox.answer("run", {})).startswith('{"detail":')
+        assert await sandbox.answer("stop", {}) == '{"detail":"Not Found"}'
+        return await sandbox.score({"output": []})
+
+    async def both():
+        Sandbox.waiting = asyncio.Barrier(2)
+        return await asyncio.wait_for(asyncio.gather(play(Sandbox({})), play(Sandbox({}))), timeout=10)
+
+    assert asyncio.run(both()) == [0.5, 0.5]
+
+
+def test_what_does_not_wait_can_be_awaited_too():
+    counter = Counter({"expected_count": 3, "initial_count": 2})
+    assert asyncio.run(counter.answer("increment_counter", {"count": 1})) == '{"success":true}'
+    assert asyncio.run(counter.score({"output": []})) == 1.0
+
+
+def test_a_tool_that_waits_says_how_it_is_called():
+    with pytest.raises(TypeError, match=r"tool Sandbox\.run is async: await answer\('run', \.\.\.\)"):
+        Sandbox({}).call_tool("run", {"code": "ab"})

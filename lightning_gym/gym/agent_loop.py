@@ -103,7 +103,7 @@ class Agent:
             environment = self.start(row)
             response = await self.respond(params, environment)
             with gym_server(self._resources):
-                reward = float(environment.verify(response))
+                reward = float(await environment.score(response))
                 if not math.isfinite(reward):
                     raise ValueError(f"{type(environment).__name__}.verify: expected a finite reward, got {reward}")
                 report = environment.report()
@@ -131,18 +131,18 @@ class Agent:
                 talked = any(item["type"] == "message" for item in turn.items)
                 if incomplete_reason or (talked and not calls):
                     break
-                output += [self._tool_output(environment, call) for call in calls]
+                output += [await self._tool_output(environment, call) for call in calls]
         incomplete = {"reason": incomplete_reason} if incomplete_reason else None
         return self._response(params, output, usage=usage, incomplete=incomplete)
 
-    def _tool_output(self, environment: Environment, call: Mapping[str, Any]) -> Json:
+    async def _tool_output(self, environment: Environment, call: Mapping[str, Any]) -> Json:
         try:
             arguments = json.loads(call["arguments"])
         except (json.JSONDecodeError, TypeError) as error:
             return _output_item(call, json.dumps({"error": f"Invalid tool call arguments: {error!r}"}))
         sent = _through_json(arguments)
         try:
-            return _output_item(call, environment.call_tool(call["name"], sent))
+            return _output_item(call, await environment.answer(call["name"], sent))
         except Exception as error:  # noqa: BLE001 (the code of the user)
             # What a tool raises is told to the agent, not to the caller of /run.
             _LOG.warning("%s: tool %r", self._resources, call["name"], exc_info=True)

@@ -5,7 +5,7 @@ import inspect
 import random
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -33,7 +33,8 @@ def tool(method: Method) -> Method:
 class Environment(ABC):
     """The world of one rollout: made from its dataset row, asked for tool results, then for the reward.
 
-    Methods run on the server's event loop, so one that blocks holds up every other rollout.
+    Methods run on the server's event loop, so one that blocks holds up every other rollout: let tools and `verify` that
+    wait for something (a sandbox, a judge) be ``async def``.
 
     Example, played by the agent ``guess_simple_agent``::
 
@@ -75,19 +76,41 @@ class Environment(ABC):
         """What the agent reads after it called `name`; `arguments` is any JSON value, already parsed.
 
         A name that is no tool and arguments that do not fit are answered as Gym's servers (FastAPI) answer them.
+
+        Raises:
+            TypeError: the tool is ``async def``; `answer` waits for it.
         """
+        try:
+            returned = self._called(name, arguments)
+        except _RefusedError as refused:
+            return refused.body
+        if isinstance(returned, Coroutine):
+            returned.close()
+            raise TypeError(f"tool {type(self).__name__}.{name} is async: await answer({name!r}, ...)")
+        return to_json(returned).decode()
+
+    async def answer(self, name: str, arguments: Any) -> str:
+        """`call_tool`, which waits for a tool that is ``async def``."""
+        try:
+            returned = self._called(name, arguments)
+        except _RefusedError as refused:
+            return refused.body
+        return to_json(await returned if inspect.isawaitable(returned) else returned).decode()
+
+    def _called(self, name: str, arguments: Any) -> Any:
         validator = _tools(type(self)).get(name)
         if validator is None:
-            return '{"detail":"Not Found"}'
-        try:
-            keywords = validator(arguments)
-        except _ArgumentsError as bad:
-            return bad.body
-        return to_json(getattr(self, name)(**keywords)).decode()
+            raise _RefusedError('{"detail":"Not Found"}')
+        return getattr(self, name)(**validator(arguments))
 
     @abstractmethod
-    def verify(self, response: Mapping[str, Any]) -> float:
+    def verify(self, response: Mapping[str, Any]) -> float | Awaitable[float]:
         """The reward of the finished rollout; ``response["output"]`` holds all its items, tool results included."""
+
+    async def score(self, response: Mapping[str, Any]) -> float:
+        """`verify`, which waits for one that is ``async def``."""
+        reward = self.verify(response)
+        return await reward if inspect.isawaitable(reward) else reward
 
     def report(self) -> Mapping[str, Any]:
         """Further numbers that go out beside the reward; asked for after `verify`."""
@@ -216,8 +239,8 @@ def _checked(spec: str, found: Any) -> type[Environment]:
 _BUILT_IN: dict[str, type[Environment]] = {"counter": Counter, "reverse_string": ReverseString}
 
 
-class _ArgumentsError(Exception):
-    """The agent's arguments do not fit the tool; `body` is what it is told."""
+class _RefusedError(Exception):
+    """There is no such tool, or the agent's arguments do not fit it; `body` is what it is told."""
 
     def __init__(self, body: str) -> None:
         super().__init__(body)
@@ -254,10 +277,10 @@ def _validator(environment: type[Environment], name: str, method: Any) -> Callab
         try:
             if arguments is None:
                 # Gym's agent sends JSON null as a request without a body.
-                raise _ArgumentsError(_detail([{"type": "missing", "loc": (), "msg": "Field required", "input": None}]))
+                raise _RefusedError(_detail([{"type": "missing", "loc": (), "msg": "Field required", "input": None}]))
             parsed = model.model_validate(arguments)
         except ValidationError as error:
-            raise _ArgumentsError(_detail(error.errors(include_url=False))) from error
+            raise _RefusedError(_detail(error.errors(include_url=False))) from error
         return {field: getattr(parsed, field) for field in fields}
 
     return validate
