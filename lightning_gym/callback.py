@@ -38,6 +38,7 @@ from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import FILE_NAME as ROLLOUTS
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.scores import PREFIX, REWARD
+from lightning_gym.sigterm import Sigterm
 from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import Task
 from lightning_gym.trainer_logprobs import FILE_NAME, TrainerLogprobs, logprobs_of
@@ -146,6 +147,7 @@ class GymCallback(L.Callback):
         self._evaluation: Evaluation | None = None
         self._evaluation_log: RolloutLog | None = None
         self._is_up = False
+        self._sigterm: Sigterm | None = None
         self._step_metrics: dict[str, float] = {}
         self._clock = metrics.PhaseClock()
 
@@ -191,6 +193,8 @@ class GymCallback(L.Callback):
                 "no GymDataModule is attached; pass one: trainer.fit(module, datamodule=GymDataModule(...))"
             )
         check_trainer(trainer, GymCallback)
+        self._sigterm = Sigterm(trainer)
+        self._sigterm.remember_handler()
         self.find_policy(pl_module)
         if stage == "validate":
             return
@@ -205,6 +209,12 @@ class GymCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._sigterm is not None
+        self._sigterm.take_over()
+        if isinstance(self.colocation, Colocation):
+            self.colocation.heed(self._sigterm.check)
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring up engine and Gym, with logs of what is going to be played."""
@@ -266,6 +276,8 @@ class GymCallback(L.Callback):
             last: no window is going to follow, so none is played ahead.
         """
         _check_not_prefetched(trainer)
+        assert self._sigterm is not None
+        self._sigterm.check()
         start = stream.cursor.position
         batches = stream.window(
             self.colocation,
@@ -340,6 +352,8 @@ class GymCallback(L.Callback):
         checkpoint[RECORD] = policy_record(model, attribute=self._policy, model_path=self.path_of(model))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and not isinstance(exception, Exception):  # the others only find that it has gone
+            _log.warning("rank %d ends by %s", trainer.global_rank, type(exception).__name__)
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -98,6 +98,7 @@ class Colocation:
         self._sync_mode: SyncMode = sync_mode
         self._ledger = Ledger()
         self._run_dir = Path()
+        self._heed: Callable[[], None] = lambda: None
         self._endpoint: Endpoint | None = None
         self._sync: WeightSync | None = None
         self._play: LoopThread | None = None
@@ -394,8 +395,13 @@ class Colocation:
 
     def _check_alive(self) -> None:
         """Raise what has died of that which rollouts depend on."""
+        self._heed()
         self._engine.check_alive()
         self.endpoint.check_alive()
+
+    def heed(self, check: Callable[[], None]) -> None:
+        """Have `check` called again and again while rollouts are waited for; what it raises ends the wait."""
+        self._heed = check
 
     def close(self) -> None:
         """Stop everything that was started, last first; bounded, idempotent, never raises. Then it may start again."""

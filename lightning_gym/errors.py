@@ -16,6 +16,7 @@
     │   ├── RequestAbortedError         a pause ended a request that was running; asked again, it waits for its turn
     │   ├── PromptTooLongError          a prompt leaves no room for a token; the endpoint's one overflow reply
     │   └── WeightSyncError             weights could not be handed over, or the check afterwards disagreed
+    ├── RankLostError (RuntimeError)    another rank was killed or ended, and what all do together cannot go on
     ├── AlignmentError (ValueError)     two things that must agree token for token do not
     ├── OutOfSpaceError (OSError)       a disk is full
     ├── LogError (OSError)              the rollout log cannot be written, as on a full disk
@@ -83,6 +84,10 @@ class PromptTooLongError(EngineError):
 
 class WeightSyncError(EngineError):
     """The engine does not hold the trainer's weights after a sync."""
+
+
+class RankLostError(LightningGymError, RuntimeError):
+    """Another rank was killed or ended; its own output says why."""
 
 
 class AlignmentError(LightningGymError, ValueError):

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_gym.errors import ConfigError
+from lightning_gym.errors import ConfigError, RankLostError
 
 _TIMEOUT = dt.timedelta(hours=6)
 
@@ -59,7 +59,8 @@ class Ranks:
         import torch.distributed as dist
 
         total = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(total, group=self._control_group())
+        with _naming_who_is_gone():
+            dist.all_reduce(total, group=self._control_group())
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
@@ -69,7 +70,8 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control_group())
+        with _naming_who_is_gone():
+            dist.all_gather_object(values, value, group=self._control_group())
         return values
 
     def agree(self, error: BaseException | None) -> None:
@@ -108,6 +110,17 @@ class Ranks:
 
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         return self._group
+
+
+@contextlib.contextmanager
+def _naming_who_is_gone() -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, of a connection
+        raise RankLostError(
+            "another rank has gone, or did not come within six hours: it was killed (by the kernel for memory?), or "
+            "ended by an error that its own output tells"
+        ) from error
 
 
 def launched() -> tuple[int, int]:

@@ -1,11 +1,16 @@
 """One batch all the way round, with the public fakes: row, rollout, alignment, batch, loss, optimizer step, sync."""
 
+import asyncio
 import json
 import logging
+import os
+import signal
+import time
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_gym import GymCallback, GymDataModule, PolicyModule
 from lightning_gym.errors import CollectionError, ConfigError, StalePolicyError, WeightSyncError
@@ -160,6 +165,19 @@ def test_a_heartbeat_tells_how_far_the_collection_is(model_dir, tmp_path, caplog
     with caplog.at_level(logging.INFO, logger="lightning_gym"):
         fit(model_dir, tmp_path, callback={"heartbeat_s": 0.02}, trainer={"max_steps": 1})
     assert any("/4 rollouts after" in record.message for record in caplog.records)
+
+
+def test_sigterm_gives_up_the_rollouts_that_are_waited_for(model_dir, tmp_path, monkeypatch):
+    async def stopped_while_it_waits(self, response):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+        return 0.0
+
+    monkeypatch.setattr(Counter, "verify", stopped_while_it_waits)
+    started = time.monotonic()
+    with pytest.raises(SIGTERMException):
+        fit(model_dir, tmp_path)
+    assert time.monotonic() - started < 30
 
 
 def test_a_run_continues_its_order_of_tasks_and_its_versions_from_a_checkpoint(model_dir, tmp_path):
