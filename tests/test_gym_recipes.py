@@ -65,6 +65,7 @@ def test_a_recipe_on_real_gym_starts_where_its_teacher_was_and_trains_exact_toke
 @pytest.mark.gym
 @pytest.mark.vllm
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_three_environments_of_real_gym_train_at_once_and_each_ones_reward_rises_or_holds(tmp_path):
     warm_start = GymPolicy(environment="blend").ensure(POLICIES, python=PYTHON)
     summary, steps = train("gym/blend", tmp_path, f"warm_start={warm_start}")
@@ -79,6 +80,7 @@ def test_three_environments_of_real_gym_train_at_once_and_each_ones_reward_rises
 @pytest.mark.gym
 @pytest.mark.vllm
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_the_demo_on_real_gym_reaches_what_it_reaches_on_the_embedded_one(tmp_path):
     warm_start = TinyPolicy(environment="counter").ensure(POLICIES)
     runs = {
