@@ -190,6 +190,27 @@ def test_a_run_that_is_killed_at_twenty_random_moments_plays_and_trains_what_an_
     assert rollouts(killed) == rollouts(whole)
 
 
+def dealt(run_dir):
+    """Tasks, groups and attempts by step, of all ranks."""
+    found = []
+    for path in run_dir.glob("**/rollouts.jsonl"):
+        found += [
+            (line["step"], line["task_index"], line["group_id"], line["attempt"]) for line in read_rollout_log(path)[1]
+        ]
+    return sorted(found)
+
+
+@pytest.mark.ranks
+@pytest.mark.full
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks_and_the_tasks_that_were_to_come(before, after, job, tmp_path):
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    ends(job(whole, "fake", max_steps=6), whole)
+    ends(job(changed, "fake", devices=before, max_steps=3), changed)
+    ends(job(changed, "fake", devices=after, max_steps=6), changed)
+    assert dealt(changed) == dealt(whole)
+
+
 SAID = {
     signal.SIGKILL: r"RankLostError|Connection (closed|reset) by peer",
     signal.SIGTERM: r"rank {rank} received SIGTERM",
