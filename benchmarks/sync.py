@@ -71,7 +71,9 @@ def measure_size(size: str) -> list[dict[str, object]]:
                 "GB/s": arms.num_bytes / spent / 1e9 if moves else "",
                 "of memcpy's bandwidth": flat / spent if moves else "",
                 "us a tensor over memcpy": (spent - flat) / arms.num_tensors * 1e6 if moves else "",
-                "over memcpy and `share`": (spent - flat - bookkeeping) / arms.num_tensors * 1e6 if moves else "",
+                "over memcpy and `share`": (spent - flat - bookkeeping) / arms.num_tensors * 1e6
+                if name in {"copy", "reload"}
+                else "",
                 "canary ms": statistics.median(canary[name]) * 1e3 if any(canary[name]) else "",
                 "memory": arms.steady if name == "share" else "",
                 "build's peak": arms.peak if name == "share" else "",
