@@ -160,7 +160,7 @@ def read_run_response(body: Any) -> Played:
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
         raise ValueError(f"expected a finite number as `reward` in the /run response, got {reward!r}")
     for where, item in enumerate(items):
-        if not isinstance(item, Mapping):
+        if not isinstance(item, dict):  # what JSON makes; a check against an ABC costs more than reading the item
             raise ValueError(f"output item {where} is a {type(item).__name__}, expected an object")  # noqa: TRY004  as above
     bundles = [_bundle(item) for item in items]
     truncated = bool(response.get("incomplete_details"))  # type: ignore[union-attr]  items came from it
@@ -184,7 +184,7 @@ def _prompt(params: Any) -> list[dict[str, Any]]:
     said = params.get("input") if isinstance(params, Mapping) else None
     if isinstance(said, str):
         return [{"role": "user", "content": said}]
-    return [_readable(item) for item in said or () if isinstance(item, Mapping)]
+    return [_readable(item) for item in said or () if isinstance(item, dict)]
 
 
 def _bundle(item: Mapping[str, Any]) -> Bundle | None:
@@ -222,13 +222,13 @@ _TOOL_TAGS = ("<tool_call>", "</tool_call>", "<function_call>", "<function=", "<
 
 def _answer_texts(item: Mapping[str, Any]) -> list[str]:
     """The text of an item that the policy wrote as a message."""
-    content = item.get("content")
     if item.get("type") != "message" or item.get("role", "assistant") != "assistant":
         return []
+    content = item.get("content")
     if isinstance(content, str):
         return [content]
     parts = cast("list[Any]", content) if isinstance(content, list) else []
-    return [str(part.get("text") or "") for part in parts if isinstance(part, Mapping)]
+    return [str(part.get("text") or "") for part in parts if isinstance(part, dict)]
 
 
 def _is_empty_answer(item: Mapping[str, Any]) -> bool:
