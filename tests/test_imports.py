@@ -107,6 +107,7 @@ ORDER = [
     "export",
     "preconditions",
     "validation",
+    "sigterm",
     "callback",
     "datamodule",
     "module",
