@@ -124,7 +124,7 @@ def check_run(output_root, alone):
     output_dir = only_directory(output_root)
     names = {path.name for path in output_dir.iterdir()}
     assert {"summary.json", "reward.png", "rollouts.jsonl", "config", "csv", "tensorboard", "rank_1"} <= names
-    assert {path.name for path in (output_dir / "rank_1").iterdir()} == {"rollouts.jsonl"}
+    assert {path.name for path in (output_dir / "rank_1").iterdir()} == {"rollouts.jsonl", "trainer_logprobs.jsonl"}
     assert json.loads((output_dir / "summary.json").read_text())["rollouts"] == 2 * 8
     assert rewards(output_dir) == rewards(alone)
     lines = [(output_dir / where / "rollouts.jsonl").read_text().splitlines()[1:] for where in (".", "rank_1")]
