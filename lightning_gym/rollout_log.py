@@ -74,7 +74,7 @@ class RolloutLog:
             LogError: the file cannot be written to.
         """
         if self._continues:
-            self._file.truncate(_end_of_steps_before(step, self._path))
+            self._file.truncate(end_of_steps_before(step, self._path))
             self._continues = False
         self._append(
             {
@@ -121,7 +121,7 @@ class RolloutLog:
             ) from error
 
 
-def _end_of_steps_before(step: int, path: Path) -> int:
+def end_of_steps_before(step: int, path: Path) -> int:
     """How many bytes of a log are whole lines of steps before `step`; lines are in the order of steps."""
     end = 0
     with path.open("rb") as file:

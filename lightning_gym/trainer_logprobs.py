@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from lightning_gym.rollout_log import end_of_steps_before
+
 if TYPE_CHECKING:  # reading the file needs no torch
     from torch import Tensor
 
@@ -30,11 +32,14 @@ class TrainerLogprobs:
 
     Args:
         path: made with its directories.
-        resume: continue the file of the run that is resumed; otherwise a file of an earlier run is replaced.
+        resume: continue the file of the run that is resumed, from the step of the first `write` on: its lines and those
+            of later steps are cut off. Otherwise a file of an earlier run is replaced.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._continues = resume and path.is_file()
         self._file = path.open("ab" if resume else "wb")
         self._waiting: list[tuple[TrajectoryBatch, Tensor]] = []
 
@@ -53,6 +58,9 @@ class TrainerLogprobs:
         Args:
             step: the optimizer step that trained on it.
         """
+        if self._continues:
+            self._file.truncate(end_of_steps_before(step, self._path))
+            self._continues = False
         for batch, logprobs in self._waiting:
             mask = batch.loss_mask[0].cpu().numpy()
             values = logprobs[0].double().cpu().numpy().round(8)

@@ -27,12 +27,12 @@ def packed(*trajectories, share_prefix=False):
     return batch
 
 
-def written(path, *batches, resume=False):
+def written(path, *batches, resume=False, step=3):
     """What is read after every token's index in its batch was logged as its logprob."""
     log = TrainerLogprobs(path, resume=resume)
     for batch in batches:
         log.add(batch, -torch.arange(batch.num_tokens)[None].float())
-    log.write(3)
+    log.write(step)
     log.close()
     return {(line.rollout_id, line.segment): line.logprobs for line in read_trainer_logprobs(path)}
 
@@ -66,8 +66,18 @@ def test_a_filler_belongs_to_nobody_and_is_not_written(tmp_path):
 def test_a_resumed_file_goes_on_and_another_runs_file_is_replaced(tmp_path):
     path = tmp_path / "deep" / "log.jsonl"
     written(path, packed(tiny_trajectory(rollout_id="a")))
-    assert len(written(path, packed(tiny_trajectory(rollout_id="b")), resume=True)) == 2
+    assert len(written(path, packed(tiny_trajectory(rollout_id="b")), resume=True, step=4)) == 2
     assert len(written(path, packed(tiny_trajectory(rollout_id="c")))) == 1
+
+
+def test_a_step_that_is_trained_again_after_a_checkpoint_stands_in_the_file_once(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for step, rollout_id in enumerate("abc"):
+        written(path, packed(tiny_trajectory(rollout_id=rollout_id)), resume=step > 0, step=step)
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "rollout_')  # where the run was killed
+    written(path, packed(tiny_trajectory(rollout_id="d")), resume=True, step=1)
+    assert [line.rollout_id for line in read_trainer_logprobs(path)] == ["a", "d"]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
