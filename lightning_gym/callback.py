@@ -73,6 +73,7 @@ class GymCallback(L.Callback):
         retries: further tries for a rollout that failed for reasons outside of it.
         max_failed_frac: above this fraction of failed rollouts a step is given up, and with it the run.
         heartbeat_s: a line of progress is logged this often while rollouts are being collected.
+        gym_away_s: for how long a Gym that does not answer is waited for, before rollouts fail by its absence.
         stragglers: when not to wait for the last attempts of a group; ``None``: every one is waited for.
         endpoint_port: of the local OpenAI endpoint; 0 picks a free one.
         endpoint_api_key: its bearer token; ``None`` makes a random one. A Gym that was started before needs both known.
@@ -107,6 +108,7 @@ class GymCallback(L.Callback):
         retries: int = 2,
         max_failed_frac: float = 0.25,
         heartbeat_s: float = 10.0,
+        gym_away_s: float = 60.0,
         stragglers: Stragglers | None = None,
         endpoint_port: int = 0,
         endpoint_api_key: str | None = None,
@@ -122,6 +124,7 @@ class GymCallback(L.Callback):
             retries=retries,
             max_failed_frac=max_failed_frac,
             heartbeat_s=heartbeat_s,
+            gym_away_s=gym_away_s,
             stragglers=stragglers,
             endpoint_port=endpoint_port,
             endpoint_api_key=endpoint_api_key,
