@@ -333,6 +333,22 @@ class Colocation:
         collector = self._evaluator(f"eval{self._num_evaluations}")
         return self._begin(collector, dealt, group_size=group_size, profile="eval").result()
 
+    def aggregate(self, rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
+        """What each agent's environment makes of its rollouts together, by agent and Gym's names.
+
+        Raises:
+            GymError: an agent gives no metrics.
+        """
+        if self._client is None or self._play is None:
+            raise EngineError("the colocation has not been started")
+        by_agent: dict[str, list[Rollout]] = {}
+        for rollout in rollouts:
+            by_agent.setdefault(rollout.agent, []).append(rollout)
+        return {
+            agent: self._play.submit(self._client.aggregate(agent, played)).result()
+            for agent, played in by_agent.items()
+        }
+
     def _begin(
         self,
         collector: Collector,

@@ -1,19 +1,22 @@
 """Evaluation: held-out tasks, played by the policy as it stands, and scored. Nothing here trains."""
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_gym.colocation import Colocation
-from lightning_gym.errors import ConfigError
+from lightning_gym.errors import ConfigError, GymError
 from lightning_gym.played import Played
 from lightning_gym.rollout import Rollout
 from lightning_gym.rollout_log import RolloutLog
 from lightning_gym.scores import PREFIX, Score, scores
 from lightning_gym.tasks import DealtTask, Task, blend_turns, read_tasks, shard
+
+_log = logging.getLogger(__name__)
 
 Rows = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """What `lightning_gym.tasks.read_tasks` takes."""
@@ -89,6 +92,8 @@ class Evaluation:
     seconds: float
     """Of the slowest rank."""
     num_samples: int
+    gym_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    """What Gym's ``/aggregate_metrics`` makes of the rollouts, by agent; empty on several ranks: none has all."""
 
     def metrics(self) -> dict[str, float]:
         """What to log."""
@@ -138,7 +143,16 @@ def evaluate(
         scores=scores(outcomes, tasks.dataset_of, num_samples=num_samples),
         seconds=max(ranks.gather(time.perf_counter() - start)),
         num_samples=num_samples,
+        gym_metrics=_gym_metrics(colocation, played.rollouts) if ranks.size == 1 else {},
     )
+
+
+def _gym_metrics(colocation: Colocation, rollouts: Sequence[Rollout]) -> dict[str, dict[str, float]]:
+    try:
+        return colocation.aggregate(rollouts)
+    except GymError as error:  # scores are ours, and an agent of another Gym version may have no such route
+        _log.warning("evaluation goes without the Gym's own metrics: %s", error)
+        return {}
 
 
 def _groups(

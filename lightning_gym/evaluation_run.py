@@ -120,6 +120,7 @@ class EvaluationRun:
             "seconds": round(evaluation.seconds, 2),
             "scores": [asdict(score) for score in evaluation.scores],
             "table": score_table(evaluation.scores),
+            "gym_metrics": evaluation.gym_metrics,
             "rollouts": str(out / "val_rollouts.jsonl"),
             "versions": versions(),
         }

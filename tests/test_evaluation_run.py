@@ -58,6 +58,8 @@ def test_a_recipes_policy_over_its_own_rows(model_dir, tmp_path, capsys):
     lines = list(read_rollout_log(tmp_path / "eval" / "val_rollouts.jsonl")[1])
     assert score["reward"]["mean"] == pytest.approx(sum(line["reward"] for line in lines) / 16)
     assert score["reward"]["error"] > 0
+    (by_gym,) = result["gym_metrics"].values()
+    assert by_gym["mean/reward"] == pytest.approx(score["reward"]["mean"])
     assert not (tmp_path / "eval" / "rollouts.jsonl").exists(), "nothing was trained on"
 
 
