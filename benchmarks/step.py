@@ -153,7 +153,7 @@ class Watch(GymCallback):
                     "environment alone": asyncio.run(_played(self.environment, self._rollouts, rows)),
                 }
             )
-            self._rollouts = []
+        self._rollouts = []
         self._begin_step()
 
     def _replayed(self, rollouts: Sequence[Rollout]) -> float:

@@ -197,7 +197,6 @@ class GymCallback(L.Callback):
             )
         check_trainer(trainer, GymCallback)
         self._sigterm = Sigterm(trainer)
-        self._sigterm.remember_handler()
         self.find_policy(pl_module)
         if stage == "validate":
             return

@@ -19,17 +19,17 @@ _log = logging.getLogger(__name__)
 
 
 class Sigterm:
-    """Belongs to one fit of a Trainer, and to the main thread."""
+    """Belongs to one fit of a Trainer, and to the main thread.
+
+    Args:
+        trainer: before it registers a handler of its own: what the program had registered is called as well.
+    """
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
-        self._earlier: Callable[[int, FrameType | None], Any] | None = None
-        self._came = False
-
-    def remember_handler(self) -> None:
-        """Before Lightning registers its own: what the program had registered is called as well."""
         earlier = signal.getsignal(signal.SIGTERM)
-        self._earlier = earlier if callable(earlier) else None
+        self._earlier: Callable[[int, FrameType | None], Any] | None = earlier if callable(earlier) else None
+        self._came = False
 
     def take_over(self) -> None:
         """After Lightning has registered its own, which it takes back at the end of the fit."""
