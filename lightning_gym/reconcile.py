@@ -141,10 +141,11 @@ def _confirmed(calls: Sequence[Call], bundles: Sequence[Bundle]) -> set[int] | M
         else:
             others = (*range(expected, len(calls)), *range(expected))
             found = next((other for other in others if other not in order and _same_ids(calls[other], bundle)), None)
-        if found is None or len(bundle.logprobs) != len(calls[found].logprobs):
+        same = found is not None and bundle.logprobs == calls[found].logprobs  # as text, so before their number is asked
+        if found is None or not (same or len(bundle.logprobs) == len(calls[found].logprobs)):
             duplicate = any(_same_ids(calls[index], bundle) for index in order)
             return _disagreement(position, bundle, calls, expected, duplicate=duplicate)
-        wrong = _wrong_logprob(calls[found], bundle)
+        wrong = None if same else _wrong_logprob(calls[found], bundle)
         if wrong is not None:
             message = (
                 f"call {position} came back with {bundle.logprobs[wrong]!r} as logprob of sampled token {wrong}; call "
@@ -171,11 +172,8 @@ def _same_ids(call: Call, bundle: Bundle, before: tuple[Call, Bundle] | None = N
 
 
 def _wrong_logprob(call: Call, bundle: Bundle) -> int | None:
-    """The first sampled token whose logprob came back as another one."""
-    back: Sequence[object] = bundle.logprobs[:]
-    if back == call.logprobs:
-        return None
-    for position, (got, want) in enumerate(zip(back, call.logprobs, strict=True)):
+    """The first sampled token whose logprob came back as another one; there are as many."""
+    for position, (got, want) in enumerate(zip(bundle.logprobs, call.logprobs, strict=True)):
         if not isinstance(got, int | float) or not abs(got - want) <= _LOGPROB_TOLERANCE:  # a NaN is never close
             return position
     return None

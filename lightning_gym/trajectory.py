@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lightning_gym.errors import AlignmentError
 from lightning_gym.rollout import Call, Rollout
 
+_LOWEST = float(np.finfo(np.float32).min)
 _LOGPROB_SLACK = 1e-6  # a probability of one may come out of float32 as a hair above zero nats
 
 
@@ -82,13 +83,16 @@ def _segment(rollout: Rollout, index: int, calls: Sequence[Call]) -> Trajectory:
     token_ids = np.empty(last.num_tokens, dtype=np.int64)
     pack_into(f"{last.num_tokens}q", token_ids.data, 0, *last.prompt_ids[:], *last.token_ids)
     loss_mask = np.zeros(len(token_ids), dtype=np.bool_)
+    logprobs = np.zeros(len(token_ids), dtype=np.float32)
     versions = np.full(len(token_ids), -1, dtype=np.int64)
     for call in calls:
-        span = slice(len(call.prompt_ids), len(call.prompt_ids) + len(call.token_ids))
+        start = len(call.prompt_ids)
+        span = slice(start, start + len(call.token_ids))
         loss_mask[span] = True
         versions[span] = call.weight_version
-    logprobs = np.zeros(len(token_ids), dtype=np.float32)
-    logprobs[loss_mask] = _checked_logprobs(calls, rollout)
+        _write_logprobs(logprobs, start, call, rollout)
+    if not (logprobs.max() <= _LOGPROB_SLACK and logprobs.min() > -np.inf):  # the maximum of a NaN is one
+        raise _bad_logprob(calls, rollout)
     return Trajectory(
         rollout_id=rollout.rollout_id,
         segment=index,
@@ -113,21 +117,25 @@ def _check_counts(call: Call, rollout: Rollout) -> None:
         )
 
 
-def _checked_logprobs(calls: Sequence[Call], rollout: Rollout) -> npt.NDArray[np.float64]:
-    """Of all sampled tokens of a segment, in order: a call's tokens lie behind those of the calls before it."""
-    logprobs = np.empty(sum([len(call.logprobs) for call in calls]), dtype=np.float64)
-    start = 0
-    for call in calls:
-        pack_into(f"{len(call.logprobs)}d", logprobs.data, start, *call.logprobs)  # a third of the time of `np.array`
-        start += len(call.logprobs) * logprobs.itemsize
-    if not (logprobs.max() <= _LOGPROB_SLACK and logprobs.min() > -np.inf):  # the maximum of a NaN is one
-        owners = [(call, position) for call in calls for position in range(len(call.logprobs))]
-        call, position = owners[int(((logprobs <= _LOGPROB_SLACK) & (logprobs > -np.inf)).argmin())]
-        raise AlignmentError(
-            f"{_where(call, rollout)}: logprob of sampled token {position} is {call.logprobs[position]}; expected a "
-            "finite number of at most 0"
-        )
-    return logprobs
+def _write_logprobs(logprobs: npt.NDArray[np.float32], start: int, call: Call, rollout: Rollout) -> None:
+    try:
+        offset = start * logprobs.itemsize
+        pack_into(f"{len(call.logprobs)}f", logprobs.data, offset, *call.logprobs)  # a third of the time of `np.array`
+    except OverflowError:  # finite, and beyond float32
+        raise _bad_logprob([call], rollout) from None
+
+
+def _bad_logprob(calls: Sequence[Call], rollout: Rollout) -> AlignmentError:
+    call, position = next(
+        (call, position)
+        for call in calls
+        for position, logprob in enumerate(call.logprobs)
+        if not _LOWEST <= logprob <= _LOGPROB_SLACK
+    )
+    return AlignmentError(
+        f"{_where(call, rollout)}: logprob of sampled token {position} is {call.logprobs[position]}; expected a finite "
+        "number of at most 0"
+    )
 
 
 def _where(call: Call, rollout: Rollout) -> str:
