@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.table import Measurement
 from lightning_gym.gym import wire
+from lightning_gym.gym.number_arrays import NumberArray
 from lightning_gym.policy.conversation import Conversation
 from lightning_gym.policy.ledger import Entry, Served, SharedIds
 from lightning_gym.reconcile import finished
@@ -87,7 +88,7 @@ def _played(turns: int, sampled: int) -> tuple[bytes, Entry]:
             index=index,
             prompt_ids=shared,
             token_ids=token_ids,
-            logprobs=logprobs,
+            logprobs=NumberArray.of(logprobs),
             finish_reason="stop",
             weight_version=0,
         )
@@ -100,7 +101,7 @@ def _played(turns: int, sampled: int) -> tuple[bytes, Entry]:
         prompt = [*prompt, *token_ids, *_ids(rng, TOOL_TOKENS)]
         shared = shared.grown_to(prompt)
     body = {"responses_create_params": {"input": "x " * PROMPT_TOKENS}, "response": {"output": items}, "reward": 1.0}
-    return msgspec.json.encode(body), entry
+    return json.dumps(body, separators=(",", ":")).encode(), entry
 
 
 def _ids(rng: random.Random, count: int) -> list[int]:
@@ -119,7 +120,11 @@ def _by_lists(content: bytes, entry: Entry) -> tuple[Any, Any, Any]:
     items = msgspec.json.decode(content)["response"]["output"]
     for item, served in zip((i for i in items if wire.PROMPT_TOKEN_IDS in i), entry.served, strict=True):
         prompt, token_ids, back = (item[key] for key in wire.TOKEN_BUNDLE)
-        assert (prompt, token_ids, back) == (list(served.call.prompt_ids), served.call.token_ids, served.call.logprobs)
+        assert (prompt, token_ids, back) == (
+            list(served.call.prompt_ids),
+            served.call.token_ids,
+            list(served.call.logprobs),
+        )
         assert prompt[: len(seen)] == seen
         new = len(prompt) - len(seen)
         mask += [False] * new + [True] * len(token_ids)

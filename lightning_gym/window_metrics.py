@@ -3,7 +3,10 @@
 Nothing leaves the device before the window is complete: reading a number from a GPU waits for everything before it.
 """
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +17,18 @@ from lightning_gym.mismatch import ratio_quantiles
 Reduce = Callable[[Tensor, str], Tensor]
 """``(tensor, "sum" or "max")`` to the same over all ranks; `lightning.pytorch.strategies.Strategy.reduce` does."""
 _QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
+
+
+@dataclass(slots=True)
+class _Means:
+    """Of metrics that always come together: a vector costs what a number costs."""
+
+    sums: Tensor
+    """``[name]`` float64, each value times its count."""
+    count: Tensor
+    """``[1]`` float64."""
+    last: Tensor
+    """``[name]`` float64, for a window that counts nothing."""
 
 
 class WindowMetrics:
@@ -34,9 +49,9 @@ class WindowMetrics:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}
+        self._means: dict[tuple[str, ...], _Means] = {}
+        self._maxima: dict[tuple[str, ...], Tensor] = {}
+        self._histograms: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Any], *, count: Any) -> None:
         """Add one micro-batch.
@@ -45,17 +60,25 @@ class WindowMetrics:
             values: scalars, or count vectors under names that end in ``_hist``.
             count: what the means are means over; a tensor, or a number.
         """
-        for name, value in values.items():
-            part = torch.as_tensor(value, dtype=torch.float64).detach()
-            if name.endswith("_max"):
-                self._last[name] = torch.maximum(self._last.get(name, part), part)
-            elif name.endswith("_hist"):
-                self._sums[name] = self._sums.get(name, 0) + part
-            else:
-                self._last[name] = part
-                weight = torch.as_tensor(count, device=part.device, dtype=torch.float64)
-                self._sums[name] = self._sums.get(name, 0) + torch.where(weight > 0, part * weight, 0)
-                self._counts[name] = self._counts.get(name, 0) + weight
+        device = next((value.device for value in values.values() if isinstance(value, Tensor)), None)
+        histograms = {name: value for name, value in values.items() if name.endswith("_hist")}
+        maxima = {name: value for name, value in values.items() if name.endswith("_max")}
+        means = {name: value for name, value in values.items() if name not in histograms and name not in maxima}
+        for name, value in histograms.items():
+            self._histograms[name] = self._histograms.get(name, 0) + torch.as_tensor(value, device=device).double()
+        if maxima:
+            names, part = tuple(maxima), _vector(maxima.values(), device)
+            self._maxima[names] = torch.maximum(self._maxima.get(names, part), part)
+        if means:
+            names, part = tuple(means), _vector(means.values(), device)
+            weight = _vector([count], device)
+            weighted = torch.where(weight > 0, part * weight, 0)
+            before = self._means.get(names)
+            self._means[names] = _Means(
+                sums=weighted if before is None else before.sums + weighted,
+                count=weight if before is None else before.count + weight,
+                last=part,
+            )
 
     def take(self, reduce: Reduce | None = None) -> dict[str, float]:
         """The window's metrics; the next window starts empty.
@@ -66,27 +89,40 @@ class WindowMetrics:
         Args:
             reduce: over ranks; ``None``: there is one.
         """
-        sums, counts, last = self._sums, self._counts, self._last
-        self._sums, self._counts, self._last = {}, {}, {}
-        if not sums and not last:
+        means, maxima, histograms = self._means, self._maxima, self._histograms
+        self._means, self._maxima, self._histograms = {}, {}, {}
+        parts = [part for mean in means.values() for part in (mean.sums, mean.count)]
+        if not parts and not maxima and not histograms:
             return {}
-        largest = {name: value for name, value in last.items() if name.endswith("_max")}
-        added = torch.cat([tensor.flatten() for tensor in (*sums.values(), *counts.values())])
-        maxima = torch.stack([*largest.values(), added.new_zeros(())])
+        nothing = next(iter((*parts, *maxima.values(), *histograms.values()))).new_zeros(0)
+        added, largest = torch.cat([nothing, *parts, *histograms.values()]), torch.cat([nothing, *maxima.values()])
         if reduce is not None:
-            added, maxima = reduce(added, "sum"), reduce(maxima, "max")
-        fallback = torch.stack([*(last[name] for name in counts), added.new_zeros(())])
-        numbers = iter(torch.cat([added, maxima, fallback]).tolist())
-        total = {name: [next(numbers) for _ in range(tensor.numel())] for name, tensor in sums.items()}
-        count = {name: next(numbers) for name in counts}
-        largest_of = {name: next(numbers) for name in largest}
-        next(numbers)
-        alone = {name: next(numbers) for name in counts}
-        means = {name: total[name][0] / count[name] if count[name] else alone[name] for name in counts}
-        found = {name: means[name] if name in means else largest_of[name] for name in last}
-        for name in sums.keys() - counts.keys():
-            found |= _quantiles(name, total[name])
+            added, largest = reduce(added, "sum"), reduce(largest, "max")
+        numbers = iter(torch.cat([added, largest, *(mean.last for mean in means.values())]).tolist())
+
+        def read(how_many: int) -> list[float]:
+            return list(itertools.islice(numbers, how_many))
+
+        totals, counts = Counter[str](), Counter[str]()
+        for names in means:
+            totals.update(dict(zip(names, read(len(names)), strict=True)))
+            counts.update(dict.fromkeys(names, next(numbers)))
+        bins = {name: read(len(histogram)) for name, histogram in histograms.items()}
+        found: dict[str, float] = {}
+        for names in maxima:
+            for name, value in zip(names, read(len(names)), strict=True):
+                found[name] = max(value, found.get(name, value))
+        for names in means:
+            for name, alone in zip(names, read(len(names)), strict=True):
+                found[name] = totals[name] / counts[name] if counts[name] else alone
+        for name, drawn in bins.items():
+            found |= _quantiles(name, drawn)
         return _with_sample_sizes(found)
+
+
+def _vector(values: Iterable[Any], device: torch.device | None) -> Tensor:
+    """``[value]``, float64."""
+    return torch.stack([torch.as_tensor(value, device=device).detach() for value in values]).double()
 
 
 def _quantiles(name: str, counts: list[float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.conversation import Conversation
 from lightning_gym.policy.engine import Generation
 from lightning_gym.policy.ledger import Ledger, Served, SharedIds, StrayCalls, shared_ids
-from lightning_gym.policy.replies import Refusal
+from lightning_gym.policy.replies import Refusal, json_reply
 from lightning_gym.policy.service import PolicyService
 from lightning_gym.policy.splice import Splicer
 from lightning_gym.rollout import Call, Rollout, SamplingProfile
@@ -438,7 +438,7 @@ class Serving:
             answer.delivered()
             return answer.body["choices"][0]["message"]
 
-        return json.loads(json.dumps(asyncio.run(ask())))
+        return json.loads(json_reply(asyncio.run(ask())).body)
 
 
 @pytest.fixture

@@ -31,6 +31,18 @@ class NumberArray(Sequence[Number]):
         self._text = text
         self._values: list[Number] | None = None
 
+    @classmethod
+    def of(cls, values: Sequence[Number]) -> "NumberArray":
+        """Numbers that are written now, and once.
+
+        Example:
+            >>> NumberArray.of([1, 20])
+            NumberArray(b'[1,20]')
+        """
+        array = cls(_encode(values))
+        array._values = list(values)
+        return array
+
     @property
     def values(self) -> list[Number]:
         """What is between the brackets, one by one; NaNs where the text is no JSON."""
@@ -44,7 +56,11 @@ class NumberArray(Sequence[Number]):
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, NumberArray):
-            return _compact(self._text) == _compact(other._text)
+            return (
+                self._text == other._text
+                or _compact(self._text) == _compact(other._text)
+                or self.values == other.values  # such as 1e-05 and 0.00001
+            )
         if isinstance(other, list):  # first, and not copied: nearly every comparison is with one
             numbers = cast("list[Number]", other)
         elif isinstance(other, Sequence) and not isinstance(other, str | bytes):
@@ -89,6 +105,18 @@ class NumberArray(Sequence[Number]):
 
 def _compact(text: bytes) -> bytes:
     return text.translate(None, b" \t\r\n")
+
+
+def as_written(value: Any) -> Any:
+    """Encodes a `NumberArray` as the text that it is; ``enc_hook`` of `msgspec.json.encode`.
+
+    Example:
+        >>> msgspec.json.encode({"ids": NumberArray(b"[1,20]")}, enc_hook=as_written)
+        b'{"ids":[1,20]}'
+    """
+    if isinstance(value, NumberArray):
+        return msgspec.Raw(value._text)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  of this module
+    raise NotImplementedError(f"{type(value).__name__} is not JSON")
 
 
 def cut_arrays(content: bytes, opening: re.Pattern[bytes]) -> tuple[bytes, list[NumberArray]]:

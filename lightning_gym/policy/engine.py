@@ -35,7 +35,7 @@ class Generation:
 
     token_ids: list[int]
     """Ends with a stop id exactly when `finish_reason` is ``"stop"``."""
-    logprobs: list[float]
+    logprobs: Sequence[float]
     """Of each sampled token, in nats, under the distribution it was sampled from."""
     finish_reason: str
     """``"stop"`` or ``"length"``."""

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from lightning_gym.errors import EngineDeadError, PromptTooLongError, RequestAbortedError
+from lightning_gym.gym.number_arrays import as_written
 from lightning_gym.policy.retries import ClientGoneError
 
 MAX_BODY_BYTES = 64 << 20
@@ -79,7 +80,8 @@ def text_reply(text: str, media_type: str) -> Reply:
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
     """`value` as JSON."""
-    return _reply(status, msgspec.json.encode(value), {"content-type": "application/json", **(headers or {})})
+    body = msgspec.json.encode(value, enc_hook=as_written)
+    return _reply(status, body, {"content-type": "application/json", **(headers or {})})
 
 
 def _reply(status: int, body: bytes, headers: Mapping[str, str]) -> Reply:

@@ -1,4 +1,4 @@
-"""PolicyService: answers to OpenAI requests, as plain dictionaries; HTTP is the endpoint's business.
+"""PolicyService: answers to OpenAI requests, as dictionaries; HTTP is the endpoint's business.
 
 Its one job beyond OpenAI's is exactness: it puts the ids the engine was fed and the ids it sampled on the message
 (`lightning_gym.gym.wire.TOKEN_BUNDLE`), writes every call into the ledger, and builds later prompts from emitted ids.
@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_gym.errors import ConfigError, PromptTooLongError
 from lightning_gym.gym import wire
+from lightning_gym.gym.number_arrays import NumberArray
 from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.completion import chat_completion, message_of, text_completion
 from lightning_gym.policy.conversation import Conversation, conversation, last_claim, said_by
@@ -56,6 +57,7 @@ class Answer:
     """A successful answer."""
 
     body: dict[str, Any]
+    """For `lightning_gym.policy.replies.json_reply`: logprobs are a `NumberArray`, written already."""
     delivered: Callable[[], None] = lambda: None
     """Called once, when a client gets it: a call that nobody got is no part of the rollout."""
 
@@ -272,12 +274,14 @@ class PolicyService:
         self._engine.generate(request_id, prompt_ids, sampling, lambda result: self._inbox.put(future, result))
         self.stats.waiting += 1
         try:
-            return await future
+            generation = await future
         except asyncio.CancelledError:
             self._engine.abort(request_id)
             raise
         finally:
             self.stats.waiting -= 1
+        # Written once: for the reply, and for the comparison with what comes back of it.
+        return replace(generation, logprobs=NumberArray.of(generation.logprobs))
 
     def _record(
         self,
