@@ -21,7 +21,8 @@ from lightning_gym.module import PolicyModule
 from lightning_gym.packed_attention import use_packed_attention
 from lightning_gym.testing import tiny_model, tiny_tokenizer
 
-ROUNDS, STEPS = 5, 8
+STEPS = 24
+WARM_UP = 4
 SIZES = {
     "tiny policy, 64 x 50 tokens": {"num_layers": 2, "hidden_size": 192, "lengths": [50] * 64},
     "4 layers of 256, 32 x 200 tokens": {"num_layers": 4, "hidden_size": 256, "lengths": [200] * 32},
@@ -37,7 +38,7 @@ def measure() -> Measurement:
         what="Seconds of CPU time on one thread an optimizer step, from packed tensors to updated weights: "
         "`PolicyModule` under `L.Trainer` "
         "(metrics computed and logged to no logger) and a loop of token_logprobs, grpo, backward, AdamW. "
-        f"{ROUNDS} rounds of {STEPS} steps of each arm in turn, the first step of a round left out; medians.",
+        f"{STEPS - WARM_UP} steps of each arm, one after the other in turn; medians, and the median of the ratios.",
         rows=rows,
     )
 
@@ -46,32 +47,32 @@ def _row(name: str, num_micro_batches: int, *, num_layers: int, hidden_size: int
     batches = pack(lengths, num_micro_batches=num_micro_batches)
     model = tiny_model(tiny_tokenizer(), num_layers=num_layers, hidden_size=hidden_size).train()
     use_packed_attention(model)
-    arms = {"bare": (_bare, copy.deepcopy(model)), "Lightning": (_lightning, model)}
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(ROUNDS):
-        for arm, (run, policy) in arms.items():
-            seconds[arm] += run(policy, batches)
-    medians = {arm: statistics.median(values) for arm, values in seconds.items()}
+    turns = _Turns(_Bare(copy.deepcopy(model), batches))
+    _fit(model, batches, turns)
+    ours, bare = turns.seconds[WARM_UP:], turns.bare_seconds[WARM_UP:]
     return {
         "model and window": name,
         "micro-batches": num_micro_batches,
-        "bare CPU s": medians["bare"],
-        "Lightning CPU s": medians["Lightning"],
-        "Lightning / bare": medians["Lightning"] / medians["bare"],
+        "bare CPU s": statistics.median(bare),
+        "Lightning CPU s": statistics.median(ours),
+        "Lightning / bare": statistics.median(mine / its for mine, its in zip(ours, bare, strict=True)),
     }
 
 
-def _bare(model: nn.Module, batches: list[TrajectoryBatch]) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
-    stamps: list[float] = []
-    for _ in range(STEPS):
-        for batch in batches:
-            loss, _ = grpo(token_logprobs(model, batch), batch)
-            (loss / len(batches)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        stamps.append(time.process_time())
-    return [after - before for before, after in itertools.pairwise(stamps)]
+class _Bare:
+    """The loop that one would write without a Trainer."""
+
+    def __init__(self, model: nn.Module, batches: list[TrajectoryBatch]) -> None:
+        self.model = model
+        self.batches = batches
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self) -> None:
+        for batch in self.batches:
+            loss, _ = grpo(token_logprobs(self.model, batch), batch)
+            (loss / len(self.batches)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class _Steps:
@@ -87,17 +88,29 @@ class _Steps:
         return itertools.chain.from_iterable(itertools.repeat(self.batches, STEPS))
 
 
-class _Stamps(L.Callback):
-    def __init__(self) -> None:
-        self.at: list[float] = []
+class _Turns(L.Callback):
+    """Times the Trainer's steps, and after each of them one of the bare loop's."""
+
+    def __init__(self, bare: _Bare) -> None:
+        self.bare = bare
+        self.seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = time.process_time()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step > len(self.at):
-            self.at.append(time.process_time())
+        if trainer.global_step > len(self.seconds):
+            ended = time.process_time()
+            self.bare.step()
+            after = time.process_time()
+            self.seconds.append(ended - self._began)
+            self.bare_seconds.append(after - ended)
+            self._began = after
 
 
-def _lightning(model: nn.Module, batches: list[TrajectoryBatch]) -> list[float]:
-    stamps = _Stamps()
+def _fit(model: nn.Module, batches: list[TrajectoryBatch], turns: _Turns) -> None:
     trainer = L.Trainer(
         max_steps=STEPS,
         accumulate_grad_batches=len(batches),
@@ -106,9 +119,8 @@ def _lightning(model: nn.Module, batches: list[TrajectoryBatch]) -> list[float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[stamps],
+        callbacks=[turns],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on loaders and loggers
         trainer.fit(PolicyModule(model, lr=1e-6), train_dataloaders=_Steps(batches))
-    return [after - before for before, after in itertools.pairwise(stamps.at)]

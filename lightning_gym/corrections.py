@@ -34,7 +34,7 @@ from lightning_gym.tokens import (
     ratio_of,
     sequence_means,
     sequence_sums,
-    token_mean,
+    token_means,
 )
 
 Correction = Callable[..., tuple[TrajectoryBatch, dict[str, Tensor]]]
@@ -373,10 +373,11 @@ def _refuse_twice(batch: TrajectoryBatch) -> None:
 
 
 def _metrics(batch: TrajectoryBatch, ratio: Tensor, weight: Tensor, outside: Tensor) -> dict[str, Tensor]:
-    return {
-        "ratio_mean": token_mean(ratio, batch),
-        "ratio_sq_mean": token_mean(ratio**2, batch),
-        "weight_mean": token_mean(weight, batch),
-        "weight_sq_mean": token_mean(weight**2, batch),
-        "out_of_band_frac": token_mean(outside.to(ratio.dtype), batch),
+    values = {
+        "ratio_mean": ratio,
+        "ratio_sq_mean": ratio**2,
+        "weight_mean": weight,
+        "weight_sq_mean": weight**2,
+        "out_of_band_frac": outside.to(ratio.dtype),
     }
+    return token_means(values, batch)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_gym.batch import TrajectoryBatch
 from lightning_gym.errors import AlignmentError, ConfigError
-from lightning_gym.tokens import check_aligned, old_logprobs, ratio_of, sequence_means, token_mean
+from lightning_gym.tokens import check_aligned, old_logprobs, ratio_of, sequence_means, token_mean, token_means
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -394,4 +394,4 @@ def _clip(
         fractions["dual_clip_frac"] = (batch.advantages < 0) & (objective > ceiling)
         objective = torch.where(fractions["dual_clip_frac"], ceiling, objective)
     loss = (batch.loss_weight * objective).sum()
-    return loss, {name: token_mean(values.to(loss.dtype), batch) for name, values in fractions.items()}
+    return loss, token_means({name: values.to(loss.dtype) for name, values in fractions.items()}, batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gym.batch import TrajectoryBatch
-from lightning_gym.tokens import MAX_LOG_RATIO, check_aligned, ratio_of, sampled, token_max, token_mean
+from lightning_gym.tokens import MAX_LOG_RATIO, check_aligned, ratio_of, sampled, token_max, token_mean, token_means
 
 
 @torch.no_grad()
@@ -31,13 +31,20 @@ def mismatch_metrics(logprobs: Tensor, batch: TrajectoryBatch) -> dict[str, Tens
     """
     check_aligned(logprobs, batch)
     log_ratio = logprobs - batch.rollout_logprobs
+    difference = log_ratio.abs()
     num_trained = sampled(batch).sum()
-    error = token_mean(ratio_of(log_ratio.abs()), batch)
+    means = token_means(
+        {
+            "logprob_diff_mean": difference,
+            "token_mult_prob_error": ratio_of(difference),
+            "generator_kl": ratio_of(log_ratio) - 1 - log_ratio,
+        },
+        batch,
+    )
     return {
-        "logprob_diff_max": token_max(log_ratio.abs(), batch),
-        "logprob_diff_mean": token_mean(log_ratio.abs(), batch),
-        "token_mult_prob_error": torch.where(num_trained > 0, error, 1),
-        "generator_kl": token_mean(ratio_of(log_ratio) - 1 - log_ratio, batch),
+        **means,
+        "logprob_diff_max": token_max(difference, batch),
+        "token_mult_prob_error": torch.where(num_trained > 0, means["token_mult_prob_error"], 1),
         "num_trained": num_trained.to(logprobs.dtype),
     }
 

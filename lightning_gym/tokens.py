@@ -5,6 +5,8 @@ each said once. A *sequence* is one packed segment: a rollout whose history was 
 has ratios and means of its own.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,15 @@ def sampled(batch: TrajectoryBatch) -> Tensor:
 
 def token_mean(values: Tensor, batch: TrajectoryBatch) -> Tensor:
     """Mean of ``[batch, seq]`` values over the sampled tokens, for metrics: a detached scalar, 0 without a token."""
+    return token_means({"": values}, batch)[""]
+
+
+def token_means(values: Mapping[str, Tensor], batch: TrajectoryBatch) -> dict[str, Tensor]:
+    """Like `token_mean`, of several at once: small operations are what metrics cost."""
     mask = sampled(batch)
-    return torch.where(mask, values.detach(), 0).sum() / mask.sum().clamp(min=1)
+    stacked = torch.stack(torch.broadcast_tensors(*values.values())).detach()
+    means = torch.where(mask, stacked, 0).flatten(1).sum(1) / mask.sum().clamp(min=1)
+    return dict(zip(values, means.unbind(), strict=True))
 
 
 def token_max(values: Tensor, batch: TrajectoryBatch) -> Tensor:
