@@ -20,13 +20,16 @@ class Game:
     served: list[Served] = field(default_factory=list)
     weight_version: int = 0
 
+    def __post_init__(self):
+        self.splicer = Splicer(self.chat)
+
     def read(self, request):
         known = self.served[-1].told if self.served else None
         return conversation(request, self.chat, known)
 
     def splice(self, messages, **request):
         request = {"messages": messages, **request}
-        return Splicer(self.chat).splice(request, self.read(request), self.served)
+        return self.splicer.splice(request, self.read(request), self.served)
 
     def play(self, messages, sampled, **request):
         """Serve one call that samples `sampled` (text or ids); the reply as a client gets it."""

@@ -209,7 +209,7 @@ MUTANTS = [
         area="alignment",
         name="a tool's words train",
         path="trajectory",
-        old="span = slice(len(call.prompt_ids), len(call.prompt_ids) + len(call.token_ids))",
+        old="span = slice(start, start + len(call.token_ids))",
         new="span = slice(len(calls[0].prompt_ids), call.num_tokens)",
         test="trajectory::the_example_of_two_calls_is_one_trajectory",
     ),

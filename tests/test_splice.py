@@ -9,6 +9,7 @@ import pytest
 
 from lightning_gym.gym import wire
 from lightning_gym.policy.chat import ChatFormat
+from lightning_gym.policy.splice import Beginnings
 from lightning_gym.testing import tiny_tokenizer
 from tests.game import END, START, Game, spelled, tool, user, words
 
@@ -43,6 +44,30 @@ def test_a_first_request_is_rendered_whole_and_breaks_nothing(game):
     spliced = game.splice(START)
     assert spliced.prompt_ids == game.whole(START)
     assert (spliced.num_encoded, spliced.broke) == (len(spliced.prompt_ids), None)
+
+
+def test_the_next_attempt_of_a_group_begins_with_the_same_ids_and_nothing_is_encoded(game):
+    first, second = game.splice(START), game.splice(START)
+    assert second.prompt_ids == first.prompt_ids == game.whole(START)
+    assert (second.num_encoded, second.broke) == (0, None)
+    second.prompt_ids.append(END)
+    assert game.splice(START).prompt_ids == first.prompt_ids
+
+
+def test_a_beginning_with_other_tools_or_template_arguments_is_another_one(game):
+    game.splice(START)
+    assert game.splice(START, tools=TOOLS).num_encoded > 0
+    assert game.splice(START, chat_template_kwargs={"enable_thinking": False}).num_encoded > 0
+    assert game.splice([*START[:-1], START[-1] | {"name": "ada"}]).num_encoded > 0
+
+
+def test_beginnings_are_forgotten_oldest_first_when_they_hold_too_many_tokens():
+    beginnings = Beginnings(max_tokens=5)
+    beginnings.add(b"old", [1, 2, 3])
+    beginnings.add(b"new", [4, 5])
+    assert beginnings.get(b"old") == [1, 2, 3]
+    beginnings.add(b"newest", [6])
+    assert (beginnings.get(b"old"), beginnings.get(b"new"), beginnings.get(b"newest")) == (None, [4, 5], [6])
 
 
 @pytest.mark.parametrize("answer", ["1", "<|im_end|>", "", "größe 東京", "a<|im_start|>b"])

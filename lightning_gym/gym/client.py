@@ -9,6 +9,7 @@ httpx rides on aiohttp's transport: with a hundred requests in flight httpx's ow
 
 import ast
 import asyncio
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from lightning_gym.gym import wire
 from lightning_gym.rollout import Failure, FailureKind, Rollout, SamplingProfile
 
 _CONNECT_TIMEOUT_S = 10.0
+_TIMEOUT = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
+_EXTENSIONS = {"timeout": _TIMEOUT.as_dict()}
 _GATEWAY_ERRORS = frozenset((429, 502, 503, 504))
 _MAX_HOPS = 5
 _MAX_WORDS = 400
@@ -49,14 +52,14 @@ class GymClient:
         """When each rollout that is being played was sent, by ``time.perf_counter``."""
         self._head_url = head_url.rstrip("/")
         self._slots = asyncio.Semaphore(max_concurrency)
-        timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # httpx keeps a jar, aiohttp a second one
 
         def session() -> aiohttp.ClientSession:
             connector = aiohttp.TCPConnector(limit=max_concurrency)
             return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
-        self._http = httpx.AsyncClient(transport=AiohttpTransport(client=session), timeout=timeout, cookies=no_cookies)
+        self._transport = AiohttpTransport(client=session)
+        self._http = httpx.AsyncClient(transport=self._transport, timeout=_TIMEOUT, cookies=no_cookies)
 
     async def connect(self, head_url: str | None = None) -> None:
         """Ask the head server which agents there are.
@@ -123,9 +126,7 @@ class GymClient:
             start = self.in_flight[rollout_id] = time.perf_counter()
             try:
                 async with asyncio.timeout(self.rollout_timeout_s):
-                    response = await self._http.post(
-                        f"{self.agents[agent]}/run", content=body, headers={"content-type": "application/json"}
-                    )
+                    response = await self._post_run(f"{self.agents[agent]}/run", body)
                 played = _read(response)
             except TimeoutError:
                 message = f"no answer from {agent} within {self.rollout_timeout_s:g} s"
@@ -135,6 +136,17 @@ class GymClient:
             finally:
                 del self.in_flight[rollout_id]
             return played, time.perf_counter() - start
+
+    async def _post_run(self, url: str, body: bytes) -> httpx.Response:
+        """Past what a client adds to a transport: redirects, cookies and credentials, which cost as much again."""
+        headers = {"content-type": "application/json"}
+        request = httpx.Request("POST", _parsed(url), content=body, headers=headers, extensions=_EXTENSIONS)
+        response = await self._transport.handle_async_request(request)
+        try:
+            await response.aread()
+        finally:
+            await response.aclose()
+        return response
 
     async def aggregate(self, agent: str, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """What an agent's environment makes of several rollouts together, by Gym's names.
@@ -153,6 +165,11 @@ class GymClient:
     async def close(self) -> None:
         """Close every connection."""
         await self._http.aclose()
+
+
+@functools.lru_cache
+def _parsed(url: str) -> httpx.URL:
+    return httpx.URL(url)
 
 
 def _read(response: httpx.Response) -> wire.Played | Failure:

@@ -15,9 +15,12 @@ Had the first call run into its token limit after ``[20, 21]``, the template's o
 token, which never trains.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from lightning_gym.errors import ConfigError
 from lightning_gym.policy import breaks
@@ -53,6 +56,7 @@ class Splicer:
     def __init__(self, chat: ChatFormat, owner_of: OwnerOf = lambda _prompt, _tokens: None) -> None:
         self._chat = chat
         self._owner_of = owner_of
+        self._beginnings = Beginnings()
 
     def splice(self, request: Mapping[str, Any], said: Conversation, served: Sequence[Served]) -> Spliced:
         """Prompt ids of `request`, continuing one of the calls `served` to the same client where that is exact.
@@ -96,12 +100,19 @@ class Splicer:
     def _whole(
         self, request: Mapping[str, Any], said: Conversation, served: Sequence[Served], broke: SpliceBreak | None
     ) -> Spliced:
-        text = self._chat.render(request["messages"], request.get("tools"), request.get("chat_template_kwargs"))
-        ids = self._chat.encode(text)
+        written = None if served else _as_json(request)
+        known = self._beginnings.get(written) if written else None
+        ids = known or self._encoded(request)
+        if written and not known:
+            self._beginnings.add(written, ids)
         if broke:
             closest = breaks.closest_call(said, served) if served else None
             broke = breaks.with_tokens(broke, ids, closest, self._chat.decode)
-        return Spliced(prompt_ids=ids, num_encoded=len(ids), continues=None, broke=broke)
+        return Spliced(prompt_ids=ids, num_encoded=0 if known else len(ids), continues=None, broke=broke)
+
+    def _encoded(self, request: Mapping[str, Any]) -> list[int]:
+        text = self._chat.render(request["messages"], request.get("tools"), request.get("chat_template_kwargs"))
+        return self._chat.encode(text)
 
     def _extended_call(
         self, messages: Sequence[Mapping[str, Any]], said: Conversation, served: Sequence[Served]
@@ -142,6 +153,40 @@ class Splicer:
             detail = f"message {index} carries ids that nobody was given, or that were forgotten since"
             rule = "fabricated ids"
         return SpliceBreak(kind="unknown_ids", call_index=len(served), detail=detail, likely_rule=rule)
+
+
+class Beginnings:
+    """Prompts of conversations that have only begun: the attempts of a group begin alike.
+
+    A date that a template writes is that of the first of them.
+
+    Args:
+        max_tokens: of all prompts that are held; the oldest go first.
+    """
+
+    def __init__(self, max_tokens: int = 1 << 20) -> None:
+        self._max_tokens = max_tokens
+        self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._num_tokens = 0
+
+    def get(self, written: bytes) -> list[int] | None:
+        ids = self._ids.get(written)
+        return None if ids is None else list(ids)
+
+    def add(self, written: bytes, ids: Sequence[int]) -> None:
+        self._ids[written] = tuple(ids)
+        self._num_tokens += len(ids)
+        while self._num_tokens > self._max_tokens:
+            _, oldest = self._ids.popitem(last=False)
+            self._num_tokens -= len(oldest)
+
+
+def _as_json(request: Mapping[str, Any]) -> bytes | None:
+    """All of a request that reaches its prompt; ``None`` where it has no UTF-8 form, which the tokenizer refuses."""
+    try:
+        return msgspec.json.encode([request["messages"], request.get("tools"), request.get("chat_template_kwargs")])
+    except UnicodeEncodeError:
+        return None
 
 
 def _is_of(claim: Claim, served: Served) -> bool:
