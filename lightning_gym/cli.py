@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -217,13 +218,22 @@ _OPTIONS = {
 
 def _overrides(arguments: list[str]) -> list[str]:
     """Hydra's overrides; a bare first word is a recipe, ``--devices N`` is ``++trainer.devices=N``, and so on."""
-    for option, key in _OPTIONS.items():
-        if option in arguments[:-1]:
-            place = arguments.index(option)
-            arguments = [*arguments[:place], f"{key}={arguments[place + 1]}", *arguments[place + 2 :]]
-    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
-        return [f"recipe={arguments[0]}", *arguments[1:]]
-    return arguments
+    overrides: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in _OPTIONS and (value := value if equals else next(words, "")):
+            overrides.append(f"{_OPTIONS[option]}={_quoted(value)}")
+        else:
+            overrides.append(word)
+    if overrides and "=" not in overrides[0] and not overrides[0].startswith(("-", "~")):
+        return [f"recipe={overrides[0]}", *overrides[1:]]
+    return overrides
+
+
+def _quoted(value: str) -> str:
+    """A word of the shell in Hydra's grammar, to which a space, comma or bracket in a path means something."""
+    return value if re.fullmatch(r"[\w./:-]+", value) else "'" + value.replace("'", r"\'") + "'"
 
 
 def _serve(arguments: argparse.Namespace) -> None:

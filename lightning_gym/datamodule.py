@@ -4,7 +4,7 @@ Its loader is sized and lazy: Lightning fetches one batch ahead from an unsized 
 with the weights of the step before.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -65,7 +65,7 @@ class GymDataModule(L.LightningDataModule):
         shuffle: deal tasks in file order if ``False``.
         agent_weights: several environments in one run: how often tasks of each agent are dealt relative to the
             others', as in ``{"math": 1, "tools": 2}``, whatever their number; ``None``: every task once a pass.
-        agent: the Gym agent of rows that name none.
+        agent: the Gym agent of rows that name none; a list: one for each file of `train`, and of each dataset of `val`.
 
     Raises:
         ConfigError: a setting is out of range. Rows are read and checked in `setup`.
@@ -97,7 +97,7 @@ class GymDataModule(L.LightningDataModule):
         seed: int = 0,
         shuffle: bool = True,
         agent_weights: Mapping[str, float] | None = None,
-        agent: str | None = None,
+        agent: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.stream: RolloutStream | None = None

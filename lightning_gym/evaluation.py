@@ -29,14 +29,14 @@ class EvaluationTasks:
 
     Args:
         source: a dataset, or several by name.
-        agent: the Gym agent of rows that name none.
+        agent: the Gym agent of rows that name none; a list: one for each file of a dataset.
 
     Raises:
         TaskError: a row is not usable.
         ConfigError: a file is missing or empty, or a dataset's name could not be part of a metric's.
     """
 
-    def __init__(self, source: Rows | Mapping[str, Rows], *, agent: str | None = None) -> None:
+    def __init__(self, source: Rows | Mapping[str, Rows], *, agent: str | Sequence[str] | None = None) -> None:
         by_name = dict(source) if isinstance(source, Mapping) else {"": source}
         if not by_name:
             raise ConfigError("val names no dataset; pass a path, or {name: path}, or None for no validation")

@@ -77,7 +77,7 @@ class GymLoop:
         model_path: directory with the model's config, tokenizer and chat template; ``None``: where the model was
             loaded from (``model.name_or_path``).
         seed: of the order of tasks.
-        agent: the Gym agent of rows that name none.
+        agent: the Gym agent of rows that name none; a list: one for each file of `tasks`.
         run_dir: where ``rollouts.jsonl`` and Gym's log go; rank N writes into ``rank_N`` inside.
 
     Raises:
@@ -102,7 +102,7 @@ class GymLoop:
         sync_mode: SyncMode = "auto",
         model_path: str | Path | None = None,
         seed: int = 0,
-        agent: str | None = None,
+        agent: str | Sequence[str] | None = None,
         run_dir: str | Path = "gym_run",
     ) -> None:
         if accelerator is None and getattr(model, "_is_accelerate_prepared", False):

@@ -42,25 +42,31 @@ class DealtTask:
 
 
 def read_tasks(
-    source: str | Path | Sequence[str | Path | Mapping[str, Any]], *, agent: str | None = None
+    source: str | Path | Sequence[str | Path | Mapping[str, Any]], *, agent: str | Sequence[str] | None = None
 ) -> list[Task]:
     """Read and check every row of `source`: a JSONL path, several, or rows in memory.
 
     Args:
         source: path(s) or rows.
-        agent: the agent of rows that have no ``agent_ref``.
+        agent: the agent of rows that have no ``agent_ref``; a list: one for each part of `source`.
 
     Raises:
         TaskError: a row is not usable; says which line of which file and which key.
-        ConfigError: a file is missing, or there are no rows at all.
+        ConfigError: a file is missing, there are no rows at all, or agents and parts are not equally many.
     """
     parts = [source] if isinstance(source, str | Path) else list(source)
+    agents = [agent] * len(parts) if agent is None or isinstance(agent, str) else list(agent)
+    if len(agents) != len(parts):
+        raise ConfigError(
+            f"agent names {len(agents)} agents ({', '.join(map(str, agents))}), and {source} is {len(parts)}; name one "
+            "for all, one for each, or none if every row has its `agent_ref`"
+        )
     tasks: list[Task] = []
-    for part in parts:
+    for part, default_agent in zip(parts, agents, strict=True):
         rows = [("row", part)] if isinstance(part, Mapping) else _read_lines(Path(part))
         for where, row in rows:
             place = f"row {len(tasks)}" if where == "row" else where
-            tasks.append(_task(len(tasks), row, place, agent))
+            tasks.append(_task(len(tasks), row, place, default_agent))
     if not tasks:
         raise ConfigError(f"no tasks in {source}; expected JSONL with one Gym dataset row a line")
     return tasks

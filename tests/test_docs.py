@@ -116,6 +116,25 @@ def test_every_page_is_in_the_table_of_contents():
     assert pages == listed
 
 
+def missing_in_the_file_map(text):
+    """Modules of the package that ``text`` does not name inside the folder they are in."""
+    package, folder, named = ROOT / "lightning_gym", "", set()
+    for line in text.splitlines():
+        if match := re.match(r"( *)(\S+/)?", line):
+            indent, opened = len(match[1]), match[2]
+            folder = (opened or "") if indent == 2 else folder if indent > 2 else ""
+        named |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    return sorted(modules - named)
+
+
+def test_every_module_is_in_the_file_map():
+    text = PAGES["docs/file-map.md"]
+    assert missing_in_the_file_map(text) == []
+    # a name that two folders have is told apart
+    assert missing_in_the_file_map(text.replace("report.py, run_dir.py", "run_dir.py")) == ["viewer/report.py"]
+
+
 def test_every_public_name_is_in_the_api_page():
     api = PAGES["docs/api.md"]
     for name in lightning_gym.__all__:

@@ -61,14 +61,10 @@ def write_rows(path, row, *, agent=None):
 def data(tmp_path):
     """What each benchmark's recipe reads: five rows of the same schema."""
     office, maths = write_rows(tmp_path / "office.jsonl", office_row), write_rows(tmp_path / "math.jsonl", math_row)
-    of_both = [
-        write_rows(tmp_path / "office_ref.jsonl", office_row, agent="workplace_assistant_simple_agent"),
-        write_rows(tmp_path / "math_ref.jsonl", math_row, agent="math_with_judge_simple_agent"),
-    ]
     return {
         "workplace_assistant": [f"data.train={office}", f"data.val={office}"],
         "dapo17k_aime24": [f"data.train={maths}", f"data.val={maths}"],
-        "workplace_and_math": [f"data.train=[{','.join(map(str, of_both))}]"],
+        "workplace_and_math": [f"data.train=[{office},{maths}]"],
     }
 
 
@@ -165,6 +161,7 @@ def test_every_recipe_does_two_steps_with_the_fakes(recipe, tmp_path):
                 f"recipe={recipe}",
                 *ONE_PROMPT,
                 f"data.train={rows}",
+                "data.agent=null",
                 "data.agent_weights=null",
                 "data.val=null",
                 "engine=fake",
@@ -196,24 +193,18 @@ def example_rows(resources_server):
 @pytest.mark.parametrize(
     ("recipe", "resources_servers"),
     [
-        ("workplace_assistant", {"workplace_assistant": None}),
-        ("dapo17k_aime24", {"math_with_judge": None}),
-        (
-            "workplace_and_math",
-            {
-                "workplace_assistant": "workplace_assistant_simple_agent",
-                "math_with_judge": "math_with_judge_simple_agent",
-            },
-        ),
+        ("workplace_assistant", ["workplace_assistant"]),
+        ("dapo17k_aime24", ["math_with_judge"]),
+        ("workplace_and_math", ["workplace_assistant", "math_with_judge"]),
     ],
 )
 def test_a_benchmark_does_two_steps_on_real_gym_and_vllm_with_the_rows_of_its_wheel(
     recipe, resources_servers, tmp_path
 ):
     files = []
-    for name, agent in resources_servers.items():
+    for name in resources_servers:
         rows = [json.loads(line) for line in example_rows(name).read_text().splitlines()]
-        files.append(write_rows(tmp_path / f"{name}.jsonl", rows.__getitem__, agent=agent))
+        files.append(write_rows(tmp_path / f"{name}.jsonl", rows.__getitem__))
     source = files[0] if len(files) == 1 else f"[{','.join(map(str, files))}]"
     prompts = f"data.prompts_per_step={len(files)}"
     rows = [f"data.train={source}", "data.val=null"]

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import random
+import subprocess
+import sys
 from dataclasses import fields
 
 import lightning.pytorch as L
@@ -11,6 +14,8 @@ import pytest
 import torch
 
 from lightning_gym import GymCallback, GymDataModule, PolicyModule
+from lightning_gym.cli import _overrides
+from lightning_gym.configuration import compose_run
 from lightning_gym.errors import ConfigError
 from lightning_gym.gym.environments import Counter
 from lightning_gym.replay import Replay
@@ -188,6 +193,78 @@ def test_rollouts_are_saved_where_a_path_says(model_dir, tmp_path):
     run(model_dir, tmp_path / "run", log=tmp_path / "kept" / "mine.jsonl", trainer={"max_steps": 1})
     run(model_dir, tmp_path / "again", replay=tmp_path / "kept" / "mine.jsonl", trainer={"max_steps": 1})
     assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+
+
+# -- from the command line
+
+ENVIRONMENT = """
+from lightning_gym import Environment
+
+class IdsDecide(Environment):
+    name = "ids_decide"
+
+    def verify(self, response):
+        return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
+"""
+FAKES = ["engine=fake", "engine.max_model_len=96", "gym=fake", "gym.environments=[ids_decide:IdsDecide]"]
+
+
+def train(directory, *arguments):
+    """``lightning-gym train`` in a directory of its user."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_gym.cli", "train", "counter", *arguments],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+def weights(run_dir):
+    (path,) = run_dir.glob("csv/checkpoints/*.ckpt")
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+def test_a_run_saved_from_the_command_line_is_loaded_without_engine_or_gym_and_ends_at_the_same_weights(
+    model_dir, tmp_path
+):
+    (tmp_path / "ids_decide.py").write_text(ENVIRONMENT)
+    played = [
+        row | {"agent_ref": {"type": "responses_api_agents", "name": "ids_decide_simple_agent"}} for row in rows(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in played))
+    common = ["warm_start=null", f"policy.model={model_dir}", "policy.lr=1e-2", "data.train=rows.jsonl"]
+    common += ["data.prompts_per_step=2", "data.group_size=3", "sampling.max_output_tokens=5", "trainer.max_steps=2"]
+    common += ["trainer.enable_progress_bar=false"]
+    saved = train(tmp_path, *common, *FAKES, "output_dir=saved", "--save-rollouts", "kept (1)/mine.jsonl")
+    assert saved.returncode == 0, saved.stderr[-4000:]
+    assert not (tmp_path / "saved" / "rollouts.jsonl").exists()
+    loaded = train(tmp_path, *common, "output_dir=loaded", "--load-rollouts=kept (1)/mine.jsonl")
+    assert loaded.returncode == 0, loaded.stderr[-4000:]
+    assert "the replay begins on-policy" in loaded.stderr
+    start = PolicyModule(model_dir).state_dict()
+    ended, again = weights(tmp_path / "saved"), weights(tmp_path / "loaded")
+    assert all(torch.equal(ended[name], again[name]) for name in ended)
+    assert not all(torch.equal(ended[name], start[name]) for name in ended), (
+        "rewards differ, so that there is a gradient"
+    )
+
+
+@pytest.mark.parametrize("path", ["kept/mine.jsonl", "my rollouts/of [one], it's (1).jsonl", "a=b.jsonl"])
+@pytest.mark.parametrize(("option", "key"), [("--save-rollouts", "log_rollouts"), ("--load-rollouts", "replay")])
+def test_any_path_can_follow_the_option_as_a_word_or_behind_an_equals_sign(option, key, path):
+    for words in ([option, path], [f"{option}={path}"]):
+        assert compose_run(_overrides(["counter", *words, "seed=3"])).callback[key] == path
+
+
+def test_a_file_that_is_not_there_ends_the_command_in_one_line(model_dir, tmp_path):
+    common = ["warm_start=null", f"policy.model={model_dir}", "data.train=rows.jsonl"]
+    refused = train(tmp_path, *common, "--load-rollouts", "kept/mine.jsonl")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("lightning-gym: kept/mine.jsonl does not exist; a run writes `rollouts.jsonl`")
+    assert "Traceback" not in refused.stderr
 
 
 # -- bad input

@@ -65,6 +65,23 @@ def test_a_row_without_an_agent_takes_the_default_one():
     assert read_tasks([ROW], agent="mine")[0].agent == "counter"
 
 
+def test_each_file_can_have_a_default_agent_of_its_own(tmp_path):
+    row = {key: value for key, value in ROW.items() if key != "agent_ref"}
+    first = write(tmp_path / "a.jsonl", row, row)
+    second = write(tmp_path / "b.jsonl", row, ROW)
+    read = read_tasks([first, second], agent=["mine", "yours"])
+    assert [task.agent for task in read] == ["mine", "mine", "yours", "counter"]
+    assert read_tasks(first, agent=["mine"])[0].agent == "mine"
+
+
+def test_agents_that_are_not_as_many_as_the_files_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW)
+    with pytest.raises(
+        ConfigError, match=r"agent names 2 agents \(mine, yours\), and .*a\.jsonl is 1; name one for all"
+    ):
+        read_tasks(path, agent=["mine", "yours"])
+
+
 BAD = {
     "not JSON": ("{", "not JSON"),
     "half a line": ('{"a": 1} {', "not JSON"),
