@@ -36,6 +36,7 @@ from lightning_gym.policy.chat import ChatFormat
 from lightning_gym.policy.completion import message_of
 from lightning_gym.policy.engine import Deliver, Generation, SamplingParams
 from lightning_gym.policy.ledger import Ledger
+from lightning_gym.policy.replies import json_reply
 from lightning_gym.policy.service import PolicyService, call_seed
 from lightning_gym.reconcile import reconcile
 from lightning_gym.rollout import Call, Failure, Rollout, SamplingProfile
@@ -365,7 +366,7 @@ async def _ours(family: Family, chat: ChatFormat, path: Path, seed: int) -> coll
         body = {"messages": messages, "tools": agent.tools, wire.ROLLOUT_ID: "r"}
         answer = await service.chat_completions(json.loads(json.dumps(body)))
         answer.delivered()
-        message = answer.body["choices"][0]["message"]
+        message = json.loads(json_reply(answer.body).body)["choices"][0]["message"]
         prompt, token_ids = message[wire.PROMPT_TOKEN_IDS], message[wire.GENERATION_TOKEN_IDS]
         right = says_what_was_asked(chat, prompt, messages, agent.tools)
         continued = any(prompt[: len(p) + len(t)] == [*p, *t] for p, t in engine.fed[:-1])
