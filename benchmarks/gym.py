@@ -22,7 +22,7 @@ from lightning_gym.gym.servers import NemoGym
 CONFIG = "resources_servers/example_session_state_mgmt/configs/example_session_state_mgmt.yaml"
 ROLLOUTS: Mapping[int, int] = {1: 30, 8: 80, 64: 128}
 """Concurrency -> rollouts a round."""
-ROUNDS = 5
+ROUNDS = 15
 STARTS: Mapping[str, int] = {"light": 3, "stock": 2}
 MARK = "LIGHTNING_GYM_BENCHMARK"
 _FOLDER = Path(__file__).parent

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,19 @@ from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import Task
 from lightning_gym.tiny_policy.build import TinyPolicy
 
-STEPS = 8
-WARM_UP = 2
+ROUNDS = 3
+STEPS, WARM_UP = 6, 2
 PROMPTS, GROUP = 16, 8
 
 
 def measure() -> Measurement:
     """Steps of 128 rollouts of the demo's policy, synchronous and one step ahead, each against its ideal parts."""
     path = TinyPolicy(environment="counter").ensure("outputs/tiny_policy")
-    fast, slow = _train(path, Counter), _train(path, SlowCounter)
-    ahead = _train(path, SlowCounter, max_lag=1)
+    fast, slow, ahead = Steps(), Steps(), Steps()
+    for _ in range(ROUNDS):
+        fast.add(_train(path, Counter))
+        slow.add(_train(path, SlowCounter))
+        ahead.add(_train(path, SlowCounter, max_lag=1))
     rows = [
         *_rows("counter", fast, fast.ideal()),
         *_rows("slow counter", slow, slow.ideal()),
@@ -53,27 +57,51 @@ def measure() -> Measurement:
         name="step",
         what=f"`counter` from its warm start, {PROMPTS} x {GROUP} rollouts a step "
         f"({statistics.median(fast.num_calls):.0f} calls) under `L.Trainer`; the slow one's tools take {WAIT_S} s "
-        f"each, without a core. Medians of {STEPS - WARM_UP} steps. Synchronous steps are each followed by their ideal "
-        "parts: the same calls with the same prompts and lengths on the bare engine (a rollout's next call when its "
-        "last is over), forward, backward and AdamW on the same packed tensors, one flat copy of the weights, the "
-        "tools and the verifier called in this process, rollouts side by side. A step ahead of its training is "
-        "measured against the parts of the synchronous arm; of its collection only the wait for its end counts as "
+        f"each, without a core. {ROUNDS} runs of each arm in turn, of {STEPS} steps, the first {WARM_UP} left out; "
+        "medians. Synchronous steps are each followed by their ideal parts: the same calls with the same prompts and "
+        "lengths on the bare engine (a rollout's next call when its last is over), forward, backward and AdamW on the "
+        "same packed tensors, one flat copy of the weights, the tools and the verifier called in this process, "
+        "rollouts side by side. A step ahead of its training is measured against the parts of the synchronous arm; of its "
+        "collection only the wait for its end counts as "
         "`collect`. CPU seconds by thread are of the whole step.",
         rows=rows,
     )
 
 
-def _rows(arm: str, watch: "Watch", ideal: dict[str, float]) -> list[dict[str, Any]]:
+@dataclass
+class Steps:
+    """What the steps of an arm took, warm-ups left out."""
+
+    history: list[Mapping[str, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    ideals: list[dict[str, float]] = field(default_factory=list)
+    cpu: list[dict[str, float]] = field(default_factory=list)
+    num_calls: list[int] = field(default_factory=list)
+
+    def add(self, watch: "Watch") -> None:
+        """Of one run."""
+        self.history += watch.history[WARM_UP:]
+        self.seconds += watch.steps[WARM_UP:]
+        self.ideals += watch.ideals[WARM_UP:]
+        self.cpu += watch.cpu[WARM_UP:]
+        self.num_calls += watch.num_calls[WARM_UP:]
+
+    def ideal(self) -> dict[str, float]:
+        """Part -> its median seconds."""
+        return {part: statistics.median(found[part] for found in self.ideals) for part in self.ideals[0]}
+
+
+def _rows(arm: str, steps: Steps, ideal: dict[str, float]) -> list[dict[str, Any]]:
     def row(what: str, taken: float | str, part: str = "", least: float | str = "") -> dict[str, Any]:
         over = taken / least if isinstance(taken, float) and isinstance(least, float) else ""
         return {"arm": arm, "what": what, "s": taken, "ideal": part, "ideal s": least, "over ideal": over}
 
     taken = {
-        phase: statistics.median(entry[f"time/{phase}_s"] for entry in watch.history[WARM_UP:])
+        phase: statistics.median(entry[f"time/{phase}_s"] for entry in steps.history)
         for phase in ("sync", "collect", "prepare", "train")
     }
     parts = {"sync": "memcpy", "collect": "generation replayed", "train": "bare training loop"}
-    if watch.ideals:
+    if steps.ideals:
         rows = [
             row(phase, seconds, parts.get(phase, ""), ideal[parts[phase]] if phase in parts else "")
             for phase, seconds in taken.items()
@@ -81,9 +109,8 @@ def _rows(arm: str, watch: "Watch", ideal: dict[str, float]) -> list[dict[str, A
         rows.append(row("", "", "environment alone", ideal["environment alone"]))
     else:
         rows = [row(phase, seconds) for phase, seconds in taken.items()]
-    rows.append(row("whole step", statistics.median(watch.steps[WARM_UP:]), "sum", sum(ideal.values())))
-    used = watch.cpu[WARM_UP:]
-    return rows + [row(f"CPU of {name}", statistics.median(cpu[name] for cpu in used)) for name in used[0]]
+    rows.append(row("whole step", statistics.median(steps.seconds), "sum", sum(ideal.values())))
+    return rows + [row(f"CPU of {name}", statistics.median(cpu[name] for cpu in steps.cpu)) for name in steps.cpu[0]]
 
 
 class Watch(GymCallback):
@@ -116,11 +143,6 @@ class Watch(GymCallback):
             return begin(*args, on_group=also, **options)
 
         self.colocation.begin = remembered
-
-    def ideal(self) -> dict[str, float]:
-        """Part -> its median seconds."""
-        later = self.ideals[WARM_UP:]
-        return {part: statistics.median(found[part] for found in later) for part in later[0]}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
