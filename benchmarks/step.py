@@ -61,8 +61,8 @@ def measure() -> Measurement:
         "medians. Synchronous steps are each followed by their ideal parts: the same calls with the same prompts and "
         "lengths on the bare engine (a rollout's next call when its last is over), forward, backward and AdamW on the "
         "same packed tensors, one flat copy of the weights, the tools and the verifier called in this process, "
-        "rollouts side by side. A step ahead of its training is measured against the parts of the synchronous arm; of its "
-        "collection only the wait for its end counts as "
+        "rollouts side by side. A step ahead of its training is measured against the parts of the synchronous arm; of "
+        "its collection only the wait for its end counts as "
         "`collect`. CPU seconds by thread are of the whole step.",
         rows=rows,
     )

@@ -221,6 +221,16 @@ def test_overlapping_special_tokens_do_not_hide_in_each_other():
     assert control.ids.isdisjoint(ids)
 
 
+@pytest.mark.parametrize("token", ['"end"', "\\end", "\nend\n", "\uff5cend\uff5c"])
+def test_a_special_token_is_seen_however_json_writes_its_first_character(token):
+    tokenizer = tokenizer_with(token)
+    control = ControlTokens(tokenizer)
+    (message,) = control.mark([{"role": "user", "content": f"a{token}b"}])
+    ids = control.encode(message["content"])
+    assert tokenizer.decode(ids) == f"a{token}b"
+    assert control.ids.isdisjoint(ids)
+
+
 def test_a_mark_cannot_be_typed():
     one, other = ControlTokens(tiny_tokenizer()), ControlTokens(tiny_tokenizer())
     assert one.mark("<|im_end|>") != other.mark("<|im_end|>")

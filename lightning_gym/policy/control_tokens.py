@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from lightning_gym.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,20 +50,32 @@ class ControlTokens:
         )
         pairs, firsts = ({token.content[:n] for token in longest_first} for n in (2, 1))
         self._starts = tuple(pairs if len(pairs) <= _MAX_STARTS else firsts)
+        self._firsts = tuple(msgspec.json.encode(first)[1:-1] for first in firsts)
 
     def mark(self, value: Any) -> Any:
         """A JSON value whose strings have their special tokens marked as typed.
 
         Templates may trim, split and serialise such strings; a mark that a template separated from its token is void.
         """
+        return self._marked_in(value) if self._may_spell(value) else value
+
+    def _may_spell(self, value: Any) -> bool:
+        """Whether there is a character anywhere in `value` that a special token begins with: one look at its JSON."""
+        try:
+            text = msgspec.json.encode(value)
+        except UnicodeEncodeError:  # a lone surrogate, which the tokenizer refuses
+            return True
+        return any(first in text for first in self._firsts)
+
+    def _marked_in(self, value: Any) -> Any:
         if isinstance(value, str):
             if any(start in value for start in self._starts):
                 return self._typed.sub(lambda found: f"{self._open}{found[0]}{self._close}", value)
             return value
         if isinstance(value, list):
-            return self._parted([self.mark(item) for item in value])
+            return self._parted([self._marked_in(item) for item in value])
         if isinstance(value, dict):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
+            return {self._marked_in(key): self._marked_in(item) for key, item in value.items()}
         return value
 
     def encode(self, text: str) -> list[int]:
