@@ -28,6 +28,7 @@ from lightning_gym.policy.engine import EngineModel
 from lightning_gym.policy.ledger import Ledger, StrayCalls
 from lightning_gym.policy.openapi import openapi_document
 from lightning_gym.policy.service import PolicyService
+from lightning_gym.policy.splice import Beginnings
 from lightning_gym.rollout import SamplingProfile
 from lightning_gym.testing import FakeEngine
 
@@ -297,7 +298,8 @@ def test_nothing_is_kept_of_many_requests(policy_dir, one_thread, monkeypatch, c
     monkeypatch.setattr(retries, "GRACE_S", 0.02)
     rng = random.Random(0)
     with asking(policy_dir) as asked:
-        asked.ledger.stray = StrayCalls(max_tokens=1_000)  # what is remembered on purpose has a bound of its own
+        asked.ledger.stray = StrayCalls(max_tokens=1_000)  # what is remembered on purpose has bounds of its own
+        asked.app.service._splicer._beginnings = Beginnings(max_tokens=1_000)
 
         async def many(first, last):
             for number in range(first, last):

@@ -15,6 +15,8 @@ Had the first call run into its token limit after ``[20, 21]``, the template's o
 token, which never trains.
 """
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,11 +102,11 @@ class Splicer:
     def _whole(
         self, request: Mapping[str, Any], said: Conversation, served: Sequence[Served], broke: SpliceBreak | None
     ) -> Spliced:
-        written = None if served else _as_json(request)
-        known = self._beginnings.get(written) if written else None
+        said_first = None if served else _digest(request)
+        known = self._beginnings.get(said_first) if said_first else None
         ids = known or self._encoded(request)
-        if written and not known:
-            self._beginnings.add(written, ids)
+        if said_first and not known:
+            self._beginnings.add(said_first, ids)
         if broke:
             closest = breaks.closest_call(said, served) if served else None
             broke = breaks.with_tokens(broke, ids, closest, self._chat.decode)
@@ -166,27 +168,28 @@ class Beginnings:
 
     def __init__(self, max_tokens: int = 1 << 20) -> None:
         self._max_tokens = max_tokens
-        self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
         self._num_tokens = 0
 
-    def get(self, written: bytes) -> list[int] | None:
-        ids = self._ids.get(written)
-        return None if ids is None else list(ids)
+    def get(self, digest: bytes) -> list[int] | None:
+        ids = self._ids.get(digest)
+        return None if ids is None else ids.tolist()
 
-    def add(self, written: bytes, ids: Sequence[int]) -> None:
-        self._ids[written] = tuple(ids)
+    def add(self, digest: bytes, ids: Sequence[int]) -> None:
+        self._ids[digest] = array("l", ids)
         self._num_tokens += len(ids)
         while self._num_tokens > self._max_tokens:
             _, oldest = self._ids.popitem(last=False)
             self._num_tokens -= len(oldest)
 
 
-def _as_json(request: Mapping[str, Any]) -> bytes | None:
-    """All of a request that reaches its prompt; ``None`` where it has no UTF-8 form, which the tokenizer refuses."""
+def _digest(request: Mapping[str, Any]) -> bytes | None:
+    """Of all that reaches a request's prompt; ``None`` where it has no UTF-8 form, which the tokenizer refuses."""
     try:
-        return msgspec.json.encode([request["messages"], request.get("tools"), request.get("chat_template_kwargs")])
+        text = msgspec.json.encode([request["messages"], request.get("tools"), request.get("chat_template_kwargs")])
     except UnicodeEncodeError:
         return None
+    return hashlib.blake2b(text, digest_size=32).digest()
 
 
 def _is_of(claim: Claim, served: Served) -> bool:
