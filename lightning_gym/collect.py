@@ -235,6 +235,8 @@ class Collector:
             finally:
                 del self._playing[rollout_id]
                 self._ledger.close(rollout_id)
+            if isinstance(played, Failure) and played.kind is FailureKind.ENVIRONMENT:
+                played = await self._blamed(played)
             rollout = _rollout(rollout_id, dealt, number, played, seconds, entry)
             failure = rollout.failure
             if failure is None or failure.kind not in _WORTH_ANOTHER_TRY or again == self._retries:
@@ -243,6 +245,13 @@ class Collector:
             _log.warning("rollout %s failed and is tried again: %s", rollout_id, failure.message)
             if self._recovery is not None and not await self._recovery.wait_for(dealt.task.agent):
                 return rollout
+
+    async def _blamed(self, failure: Failure) -> Failure:
+        """An agent that lost a server of its own reports it like any crash of the environment."""
+        silent = await self._client.silent()
+        if not silent:
+            return failure
+        return Failure(kind=FailureKind.INFRA, message=f"{failure.message}; no answer from {', '.join(silent)}")
 
 
 def _rollout(

@@ -164,6 +164,7 @@ def collect(answers, *, num_tasks=1, group_size=2, serve=call, forge=lambda _g, 
             max_concurrency=options.pop("max_concurrency", 512),
         )
         client.agents = {"agent": f"http://127.0.0.1:{runner.addresses[0][1]}"}
+        client._servers = options.pop("servers", {})
         rows = [{"responses_create_params": {"input": "x"}}] * num_tasks
         first_group = options.pop("first_group", 0)
         dealt = [
@@ -209,6 +210,16 @@ def test_only_what_another_try_could_change_is_tried_again_under_a_new_id():
     assert sorted(id_ for id_ in seen if not id_.endswith(".0")) == ["run.0.train.0.0.1"]
     (again,) = [r for r in collection.rollouts if r.rollout_id == "run.0.train.0.0.1"]
     assert [list(c.token_ids) for c in again.calls] == [[10, 10, 11]]
+
+
+def test_a_crash_that_an_agent_reports_while_a_server_behind_it_is_gone_is_tried_again():
+    crashing_once = lambda _group, _attempt, again: 500 if again == 0 else 1.0  # noqa: E731
+    collection, seen, _ = collect(crashing_once, servers={"resources": "http://127.0.0.1:9"})
+    assert [rollout.reward for rollout in collection.rollouts] == [1.0, 1.0]
+    assert len(seen) == 4
+    never = collect(lambda *_: 500, servers={"resources": "http://127.0.0.1:9"}, max_failed_frac=1.0)[0].rollouts[0]
+    assert never.failure.kind is FailureKind.INFRA
+    assert "no answer from resources" in never.failure.message
 
 
 def test_a_timeout_is_not_tried_again():

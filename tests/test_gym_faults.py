@@ -216,11 +216,9 @@ def test_a_gym_that_is_killed_in_the_middle_is_started_again_and_no_attempt_is_l
     assert victim not in [entry["pid"] for entry in here.instances()]
     assert len(rollouts) == 16
     assert once(rollouts)
-    # A server of the stock way that is still alive may report the dead one's silence: a failure, and no reward.
-    alive = [rollout for rollout in rollouts if rollout.failure is None]
-    assert len(alive) == 16 or kind == "nemo-stock"
-    assert {(rollout.reward, len(rollout.calls)) for rollout in alive} == {(1.0, 3)}
-    assert {rollout.rollout_id.rpartition(".")[2] for rollout in alive} >= {"1"}, "some were on their way"
+    assert [rollout.failure for rollout in rollouts] == [None] * 16
+    assert {(rollout.reward, len(rollout.calls)) for rollout in rollouts} == {(1.0, 3)}
+    assert {rollout.rollout_id.rpartition(".")[2] for rollout in rollouts} >= {"1"}, "some were on their way"
     assert here.collect(rows(1)).rollouts[0].reward == 1.0
 
 

@@ -12,14 +12,20 @@ from lightning_gym.gym.recovery import Recovery
 class Client:
     """Answers from the `back_after`-th look on."""
 
-    def __init__(self, back_after):
+    def __init__(self, back_after, whole_after=0):
         self.back_after = back_after
+        self.whole_after = whole_after
+        self.looks_behind = 0
         self.looks = 0
         self.connected = []
 
     async def answers(self, _agent):
         self.looks += 1
         return self.looks > self.back_after
+
+    async def silent(self):
+        self.looks_behind += 1
+        return ["resources"] if self.looks_behind <= self.whole_after else []
 
     async def connect(self, head_url=None):
         self.connected.append(head_url)
@@ -66,6 +72,21 @@ def test_one_that_comes_back_later_is_found_and_has_its_whole_time_again():
     assert waits(recovery) == [True]
     client.back_after = client.looks + 2
     assert waits(recovery) == [True]
+
+
+def test_a_server_that_the_agent_needs_is_waited_for_as_well():
+    client = Client(back_after=0, whole_after=3)
+    assert waits(Recovery(client)) == [True]
+    assert client.looks_behind == 4
+
+
+def test_a_server_that_stays_away_beside_an_agent_that_answers_is_given_up_and_the_agent_is_not():
+    client = Client(back_after=0, whole_after=10**9)
+    recovery = Recovery(client, away_s=0.3)
+    assert waits(recovery) == [True]
+    looks = client.looks_behind
+    assert waits(recovery) == [True]
+    assert client.looks_behind == looks + 1
 
 
 def test_one_of_ours_is_started_again_and_found_at_its_new_address():

@@ -50,6 +50,7 @@ class GymClient:
         self.rollout_timeout_s = rollout_timeout_s
         self.in_flight: dict[str, float] = {}
         """When each rollout that is being played was sent, by ``time.perf_counter``."""
+        self._servers: dict[str, str] = {}
         self._head_url = head_url.rstrip("/")
         self._slots = asyncio.Semaphore(max_concurrency)
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # httpx keeps a jar, aiohttp a second one
@@ -77,6 +78,7 @@ class GymClient:
             response = await self._http.get(url, timeout=_CONNECT_TIMEOUT_S)
             response.raise_for_status()
             instances = response.json()
+            self._servers = {instance["process_name"]: instance["url"] for instance in instances}
             self.agents = {
                 instance["process_name"]: instance["url"]
                 for instance in instances
@@ -89,9 +91,18 @@ class GymClient:
 
     async def answers(self, agent: str) -> bool:
         """Whether an agent's server, or what stands in front of it, has anything to say."""
+        return agent in self.agents and await self._responds(self.agents[agent])
+
+    async def silent(self) -> list[str]:
+        """Names of the servers, agents or others, that have nothing to say."""
+        servers = dict(self._servers)
+        respond = await asyncio.gather(*map(self._responds, servers.values()))
+        return [name for name, responds in zip(servers, respond, strict=True) if not responds]
+
+    async def _responds(self, url: str) -> bool:
         try:
-            response = await self._http.get(self.agents[agent], timeout=_CONNECT_TIMEOUT_S)
-        except (httpx.HTTPError, KeyError):
+            response = await self._http.get(url, timeout=_CONNECT_TIMEOUT_S)
+        except httpx.HTTPError:
             return False
         return response.status_code not in _GATEWAY_ERRORS
 

@@ -18,7 +18,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
 class Recovery:
-    """Waits until an agent can be asked again.
+    """Waits until an agent can be asked again, and what it may ask in turn.
 
     Args:
         client: connected; learns a new head server and new addresses of agents.
@@ -47,7 +47,7 @@ class Recovery:
         """What the last one found who looked, and when."""
 
     async def wait_for(self, agent: str) -> bool:
-        """Return whether `agent` answers: as soon as it does, or `away_s` after it was first found gone.
+        """Return whether `agent` answers: as soon as all servers do, or `away_s` after one was first found gone.
 
         Raises:
             GymError: the Gym ended by itself more than `max_restarts` times, or does not start again.
@@ -64,15 +64,17 @@ class Recovery:
         pause = _FIRST_PAUSE_S
         while True:
             await self._start_again()
-            if await self._client.answers(agent):
+            answers = await self._client.answers(agent)
+            silent = await self._client.silent() if answers else [agent]
+            if not silent:
                 self._away_since = None
                 return True
             now = time.monotonic()
             if self._away_since is None:
                 self._away_since = now
-                _log.warning("agent %s does not answer; waiting up to %g s for it", agent, self._away_s)
+                _log.warning("no answer from %s; waiting up to %g s for it", ", ".join(silent), self._away_s)
             if now - self._away_since >= self._away_s:
-                return False
+                return answers
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             with contextlib.suppress(GymError):  # not back yet; or back, under other addresses
