@@ -56,6 +56,8 @@ class _Teacher:
         environment, row, rng = self._playing[rollout_id]
         messages = [_plain(message) for message in body["messages"]]
         said = environment.turn(row, messages, rng)
+        if body.get("parallel_tool_calls") is False and len(said.get("tool_calls") or ()) > 1:
+            raise GymError(f"{environment.name}'s teacher makes several calls where the row allows one a turn")
         self._said[rollout_id] = [*messages, said]
         choice = {
             "index": 0,

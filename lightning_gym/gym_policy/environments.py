@@ -213,22 +213,19 @@ def _math_rows(tree: GymTree, _: int) -> list[Row]:
 
 
 def _math_turn(row: Row, messages: Sequence[Message], rng: random.Random) -> Message:
-    """Whatever can be calculated from the results so far, all of it in one turn; a mistake is not made good."""
-    if sum(message["role"] == "assistant" for message in messages) == row["depth"]:
-        return _says("done")
+    """What can be calculated from the results so far, one call a turn; a mistake is not made good."""
     text = _prompt(row).partition(" for ")[2].removesuffix(" using only the given tools.").replace(" and ", " ")
     terms = ast.parse(f"[{text}]", mode="eval").body
     assert isinstance(terms, ast.List)
     known = _known(messages)
-    ready: dict[str, dict[str, Any]] = {}
+    calls: dict[str, tuple[str, dict[str, Any]]] = {}
     for term in terms.elts:
-        _next_call(term, known, ready)
-    if not ready:  # it rests on a result that a tool refused to give
+        _value(term, known, calls)
+    due = [one for key, one in calls.items() if key not in known]
+    if not due or known.keys() - calls.keys():
         return _says("done")
-    calls = [call(one["name"], one["arguments"], number) for number, one in enumerate(ready.values())]
-    if rng.random() < 0.5:
-        calls[rng.randrange(len(calls))]["function"]["name"] = rng.choice(("add", "multiply", "negate"))
-    return _calls(*calls)
+    name, arguments = due[0]
+    return _calls(call(name if rng.random() < 0.85 else rng.choice(("add", "multiply", "negate")), arguments))
 
 
 def _known(messages: Sequence[Message]) -> dict[str, float | None]:
@@ -248,8 +245,10 @@ def _key(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{name} {json.dumps(arguments)}"
 
 
-def _next_call(node: ast.expr, known: Mapping[str, float | None], ready: dict[str, dict[str, Any]]) -> float | None:
-    """The value of an expression, or ``None`` after its innermost unknown calls have been put into `ready`."""
+def _value(
+    node: ast.expr, known: Mapping[str, float | None], calls: dict[str, tuple[str, dict[str, Any]]]
+) -> float | None:
+    """The value of an expression, if it is known; the calls that it needs and whose arguments are go into `calls`."""
     match node:
         case ast.Constant(value=int() | float() as value):
             return float(value)
@@ -264,13 +263,12 @@ def _next_call(node: ast.expr, known: Mapping[str, float | None], ready: dict[st
             names = _ARGUMENTS[name]
         case _:
             raise ConfigError(f"the expression {ast.unparse(node)!r} is none of this environment's")
-    values = [_next_call(argument, known, ready) for argument in inner]
+    values = [_value(argument, known, calls) for argument in inner]
     if None in values:
         return None
     arguments = dict(zip(names, values, strict=True))
     key = _key(name, arguments)
-    if key not in known:
-        ready[key] = {"name": name, "arguments": arguments}
+    calls[key] = name, arguments
     return known.get(key)
 
 
@@ -282,13 +280,13 @@ def _workplace_rows(tree: GymTree, _: int) -> list[Row]:
 
 
 def _workplace_turn(row: Row, messages: Sequence[Message], rng: random.Random) -> Message:
-    if _results(messages):
+    done, right = len(_results(messages)), row["ground_truth"]
+    if done == len(right):
         return _says("done")
-    calls = [call(one["name"], one["arguments"], number) for number, one in enumerate(row["ground_truth"])]
-    if rng.random() < 0.5:
-        wrong = calls[rng.randrange(len(calls))]["function"]
-        wrong["arguments"] = wrong["arguments"].replace("00000", "00001", 1)
-    return _calls(*calls)
+    arguments = right[done]["arguments"]
+    if rng.random() < 0.25:
+        arguments = arguments.replace("00000", "00001", 1)
+    return _calls(call(right[done]["name"], arguments))
 
 
 GYM_ENVIRONMENTS: Mapping[str, GymEnvironment] = {
