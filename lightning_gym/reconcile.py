@@ -141,9 +141,8 @@ def _confirmed(calls: Sequence[Call], bundles: Sequence[Bundle]) -> set[int] | M
         else:
             others = (*range(expected, len(calls)), *range(expected))
             found = next((other for other in others if other not in order and _same_ids(calls[other], bundle)), None)
-        same = (
-            found is not None and bundle.logprobs == calls[found].logprobs
-        )  # as text, so before their number is asked
+        # Compared as text, which is not read for it; asking for their number would.
+        same = found is not None and bundle.logprobs == calls[found].logprobs
         if found is None or not (same or len(bundle.logprobs) == len(calls[found].logprobs)):
             duplicate = any(_same_ids(calls[index], bundle) for index in order)
             return _disagreement(position, bundle, calls, expected, duplicate=duplicate)
