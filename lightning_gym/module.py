@@ -168,7 +168,7 @@ class PolicyModule(L.LightningModule):
         loss, values = self.objective(logprobs, entropies, batch)
         count = values.pop("num_trained")
         self._window.add(values, count=count)
-        self._window.add({"loss": loss, "finite": torch.isfinite(loss)}, count=1)
+        self._window.add({"loss": loss}, count=1)
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self._log_window()
         return {"loss": loss, "logprobs": logprobs.detach()}
@@ -215,7 +215,7 @@ class PolicyModule(L.LightningModule):
             return self.trainer.strategy.reduce(tensor, reduce_op=how)  # type: ignore[return-value]  a tensor stays one
 
         values = self._window.take(reduce)
-        if values.pop("finite") < 1 or not math.isfinite(values["loss"]):
+        if not math.isfinite(values["loss"]):  # a sum is no number where a part of it, on any rank, is none
             raise NotFiniteError(
                 f"the loss of optimizer step {self.trainer.global_step} is not finite ({values}); the step is not "
                 "taken. Look at its rollouts (lightning-gym inspect), the learning rate, and gradient_clip_val"
