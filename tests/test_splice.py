@@ -63,11 +63,12 @@ def test_a_beginning_with_other_tools_or_template_arguments_is_another_one(game)
 
 def test_beginnings_are_forgotten_oldest_first_when_they_hold_too_many_tokens():
     beginnings = Beginnings(max_tokens=5)
-    beginnings.add(b"old", [1, 2, 3])
-    beginnings.add(b"new", [4, 5])
-    assert beginnings.get(b"old") == [1, 2, 3]
-    beginnings.add(b"newest", [6])
-    assert (beginnings.get(b"old"), beginnings.get(b"new"), beginnings.get(b"newest")) == (None, [4, 5], [6])
+    old, new, newest = ((name, b"", b"") for name in (b"old", b"new", b"newest"))
+    beginnings.add(old, [1, 2, 3])
+    beginnings.add(new, [4, 5])
+    assert beginnings.get(old) == [1, 2, 3]
+    beginnings.add(newest, [6])
+    assert (beginnings.get(old), beginnings.get(new), beginnings.get(newest)) == (None, [4, 5], [6])
 
 
 @pytest.mark.parametrize("answer", ["1", "<|im_end|>", "", "größe 東京", "a<|im_start|>b"])

@@ -81,14 +81,14 @@ def conversation(request: Mapping[str, Any], chat: ChatFormat, known: Conversati
             messages.append(before[index])
         else:
             messages.append(Said(canonical=canonical_message(message), words=words, prepared=chat.prepare(message)))
-    tools = _stand_for(request.get("tools"))
+    tools = stand_for(request.get("tools"))
     return Conversation(
         messages=tuple(messages),
         tools=tools,
         prepared_tools=known.prepared_tools
         if known and known.tools == tools
         else chat.prepare_tools(request.get("tools")),
-        template_kwargs=_stand_for(request.get("chat_template_kwargs")),
+        template_kwargs=stand_for(request.get("chat_template_kwargs")),
     )
 
 
@@ -97,7 +97,7 @@ def said_by(message: Mapping[str, Any], chat: ChatFormat) -> Said:
     return Said(canonical=canonical_message(message), words=_words(message), prepared=chat.prepare(message))
 
 
-def _stand_for(value: Any) -> bytes:
+def stand_for(value: Any) -> bytes:
     """`value` as JSON, or the digest of it where that is shorter: every call of a rollout holds its own."""
     if not value:
         return b""

@@ -15,19 +15,16 @@ Had the first call run into its token limit after ``[20, 21]``, the template's o
 token, which never trains.
 """
 
-import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from lightning_gym.errors import ConfigError
 from lightning_gym.policy import breaks
 from lightning_gym.policy.chat import ChatFormat
-from lightning_gym.policy.conversation import Claim, Conversation, claimed_ids, last_claim
+from lightning_gym.policy.conversation import Claim, Conversation, claimed_ids, last_claim, stand_for
 from lightning_gym.policy.ledger import Served
 from lightning_gym.rollout import SpliceBreak
 
@@ -102,7 +99,7 @@ class Splicer:
     def _whole(
         self, request: Mapping[str, Any], said: Conversation, served: Sequence[Served], broke: SpliceBreak | None
     ) -> Spliced:
-        said_first = None if served else _digest(request)
+        said_first = None if served else _key(request["messages"], said)
         known = self._beginnings.get(said_first) if said_first else None
         ids = known or self._encoded(request)
         if said_first and not known:
@@ -157,6 +154,10 @@ class Splicer:
         return SpliceBreak(kind="unknown_ids", call_index=len(served), detail=detail, likely_rule=rule)
 
 
+Key = tuple[bytes, bytes, bytes]
+"""What stands for messages, tools and template arguments."""
+
+
 class Beginnings:
     """Prompts of conversations that have only begun: the attempts of a group begin alike.
 
@@ -168,28 +169,27 @@ class Beginnings:
 
     def __init__(self, max_tokens: int = 1 << 20) -> None:
         self._max_tokens = max_tokens
-        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._ids: OrderedDict[Key, array[int]] = OrderedDict()
         self._num_tokens = 0
 
-    def get(self, digest: bytes) -> list[int] | None:
-        ids = self._ids.get(digest)
+    def get(self, key: Key) -> list[int] | None:
+        ids = self._ids.get(key)
         return None if ids is None else ids.tolist()
 
-    def add(self, digest: bytes, ids: Sequence[int]) -> None:
-        self._ids[digest] = array("l", ids)
+    def add(self, key: Key, ids: Sequence[int]) -> None:
+        self._ids[key] = array("l", ids)
         self._num_tokens += len(ids)
         while self._num_tokens > self._max_tokens:
             _, oldest = self._ids.popitem(last=False)
             self._num_tokens -= len(oldest)
 
 
-def _digest(request: Mapping[str, Any]) -> bytes | None:
-    """Of all that reaches a request's prompt; ``None`` where it has no UTF-8 form, which the tokenizer refuses."""
+def _key(messages: Sequence[Mapping[str, Any]], said: Conversation) -> Key | None:
+    """Of all that reaches a prompt; ``None`` where it has no UTF-8 form, which the tokenizer refuses."""
     try:
-        text = msgspec.json.encode([request["messages"], request.get("tools"), request.get("chat_template_kwargs")])
+        return stand_for(messages), said.tools, said.template_kwargs
     except UnicodeEncodeError:
         return None
-    return hashlib.blake2b(text, digest_size=32).digest()
 
 
 def _is_of(claim: Claim, served: Served) -> bool:
