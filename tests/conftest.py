@@ -1,6 +1,7 @@
 """The environment of every test: offline and silent, whoever starts pytest. Set before anything is imported."""
 
 import os
+import signal
 
 os.environ.update(
     DO_NOT_TRACK="1",
@@ -14,6 +15,9 @@ os.environ.update(
 from pathlib import Path
 
 import pytest
+
+# A shell starts a job in the background with Ctrl-C ignored, and whatever the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
