@@ -53,3 +53,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def varied_rewards(monkeypatch):
+    """A reward of the counter that differs inside a group, so that an untrained policy has something to learn."""
+    from lightning_gym.gym.environments import Counter
+
+    def ids_decide(self, response):
+        return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
+
+    monkeypatch.setattr(Counter, "verify", ids_decide)
+    return ids_decide

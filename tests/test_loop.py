@@ -48,16 +48,6 @@ def make_model_dir(directory):
     return directory
 
 
-@pytest.fixture
-def varied_rewards(monkeypatch):
-    """A reward that differs inside a group, so that an untrained policy has something to learn."""
-
-    def ids_decide(self, response):
-        return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
-
-    monkeypatch.setattr(Counter, "verify", ids_decide)
-
-
 def rows(num):
     import random
 

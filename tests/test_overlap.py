@@ -21,16 +21,6 @@ from lightning_gym.testing import FakeEngine, FakeGym
 pytestmark = pytest.mark.usefixtures("one_thread", "varied_rewards")
 
 
-@pytest.fixture
-def varied_rewards(monkeypatch):
-    """A reward that differs inside a group, so that an untrained policy has something to learn."""
-
-    def ids_decide(self, response):
-        return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
-
-    monkeypatch.setattr(Counter, "verify", ids_decide)
-
-
 def rows(num):
     rng = random.Random(0)
     return [Counter.row(rng) for _ in range(num)]

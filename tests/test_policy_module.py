@@ -28,16 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 
 
-def ids_decide(self, response):
-    """A reward that differs inside a group, so that an untrained policy has something to learn."""
-    return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
-
-
-@pytest.fixture
-def varied(monkeypatch):
-    monkeypatch.setattr(Counter, "verify", ids_decide)
-
-
 def rows(count):
     import random
 
@@ -87,7 +77,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_trains_and_reports_itself(model_dir, tmp_path, name):
     changes = OBJECTIVES[name]
@@ -134,7 +124,7 @@ def test_a_normalised_correction_is_scaled_before_the_window_trains(model_dir):
     assert [batch.correction_scale for batch in plain] == [1, 1]
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_a_model_in_bfloat16_gets_its_batches_in_float32(model_dir, tmp_path):
     seen = []
 
@@ -150,7 +140,7 @@ def test_a_model_in_bfloat16_gets_its_batches_in_float32(model_dir, tmp_path):
     assert {seen[0].loss_weight.dtype, seen[0].advantages.dtype, seen[0].rollout_logprobs.dtype} == {torch.float32}
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_mixed_precision_clipping_and_a_scheduler_of_ones_own_work_together(model_dir, tmp_path):
     seen = []
 
@@ -198,7 +188,7 @@ def test_liger_that_is_not_installed_is_asked_for_by_name(model_dir):
         PolicyModule(model_dir, liger=True)
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_gradient_checkpointing_changes_no_weight(model_dir, tmp_path):
     ends = []
     for flag in (False, True):
@@ -208,7 +198,7 @@ def test_gradient_checkpointing_changes_no_weight(model_dir, tmp_path):
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_everything_at_once_does_not_depend_on_the_number_of_micro_batches(model_dir, tmp_path):
     changes = {
         "kl_coefficient": 0.3,
@@ -244,7 +234,7 @@ def test_everything_at_once_does_not_depend_on_the_number_of_micro_batches(model
 # -- several updates a collection
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_three_updates_share_one_collection_with_the_old_logprobs_of_its_start(model_dir, tmp_path):
     seen = []
 
@@ -276,7 +266,7 @@ def test_three_updates_share_one_collection_with_the_old_logprobs_of_its_start(m
     assert sorted(groups_of(tmp_path)) == sorted(3 * list(range(12))), "every task once"
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_a_run_resumed_inside_a_collection_goes_on_with_the_task_after_the_last_finished_update(model_dir, tmp_path):
     data = {"updates_per_collection": 3, "train": rows(20)}
     policy, callback, datamodule, trainer = parts(model_dir, tmp_path, data=data, trainer={"max_steps": 2})
@@ -289,7 +279,7 @@ def test_a_run_resumed_inside_a_collection_goes_on_with_the_task_after_the_last_
     assert callback.finished_position(trainer.global_step) == 6
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_more_updates_of_lag_than_were_asked_for_are_refused(model_dir, tmp_path):
     policy, _, datamodule, trainer = parts(
         model_dir, tmp_path, data={"updates_per_collection": 2}, trainer={"max_steps": 3}
@@ -309,11 +299,11 @@ def test_more_updates_of_lag_than_were_asked_for_are_refused(model_dir, tmp_path
 
 
 @pytest.fixture
-def every_other_group_is_equal(monkeypatch):
+def every_other_group_is_equal(monkeypatch, varied_rewards):
     """Tasks whose count is even always get reward 1."""
 
     def verify(self, response):
-        return 1.0 if self.task["initial_count"] % 2 == 0 else ids_decide(self, response)
+        return 1.0 if self.task["initial_count"] % 2 == 0 else varied_rewards(self, response)
 
     monkeypatch.setattr(Counter, "verify", verify)
 
@@ -379,7 +369,7 @@ def test_where_no_group_ever_varies_the_run_ends_and_says_so(model_dir, tmp_path
         assert callback.colocation._gym.num_runs == (6 if how == "drop" else 18)
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_a_step_that_is_cut_short_entirely_has_nothing_to_train_on(model_dir, tmp_path):
     policy, _, datamodule, trainer = parts(model_dir, tmp_path, data={"truncated": "mask"})
     with pytest.raises(CollectionError, match="truncated rollouts are left out"):
@@ -496,7 +486,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(model_dir,
     assert callback.colocation._gym.num_runs == 0
 
 
-@pytest.mark.usefixtures("varied")
+@pytest.mark.usefixtures("varied_rewards")
 def test_a_loss_that_is_not_a_number_ends_the_run_before_the_weights_are_touched(model_dir, tmp_path):
     def broken(logprobs, batch):
         return logprobs.sum() * torch.nan, {}

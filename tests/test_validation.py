@@ -18,17 +18,7 @@ from lightning_gym.rollout import SamplingProfile
 from lightning_gym.rollout_log import read_rollout_log
 from lightning_gym.testing import FakeEngine, FakeGym
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def varied(monkeypatch):
-    """A reward that differs inside a group, so that an untrained policy has something to learn."""
-
-    def ids_decide(self, response):
-        return float(sum(sum(item.get("generation_token_ids", ())) for item in response["output"]) % 7)
-
-    monkeypatch.setattr(Counter, "verify", ids_decide)
+pytestmark = pytest.mark.usefixtures("one_thread", "varied_rewards")
 
 
 def rows(count, environment=Counter, seed=0):
