@@ -33,30 +33,36 @@ from lightning_gym.policy.engine import Generation, SamplingParams
 from lightning_gym.rollout import Rollout, SamplingProfile
 from lightning_gym.stream import RolloutStream
 from lightning_gym.tasks import Task
-from lightning_gym.tiny_policy.build import TinyPolicy
+from lightning_gym.tiny_policy.build import RECORD, TinyPolicy
 
 ROUNDS = 3
 STEPS, WARM_UP = 6, 2
 PROMPTS, GROUP = 16, 8
+WIDE = TinyPolicy(environment="counter", hidden_size=576, lr=1e-3)
+"""Seven times the compute for the same calls: what a call costs beside its tokens is seven times less of a step."""
 
 
 def measure() -> Measurement:
     """Steps of 128 rollouts of the demo's policy, synchronous and one step ahead, each against its ideal parts."""
     path = TinyPolicy(environment="counter").ensure("outputs/tiny_policy")
-    fast, slow, ahead = Steps(), Steps(), Steps()
+    wide_path = WIDE.ensure("outputs/tiny_policy/wide")
+    fast, wide, slow, ahead = Steps(), Steps(), Steps(), Steps()
     for _ in range(ROUNDS):
         fast.add(_train(path, Counter))
+        wide.add(_train(wide_path, Counter))
         slow.add(_train(path, SlowCounter))
         ahead.add(_train(path, SlowCounter, max_lag=1))
     rows = [
         *_rows("counter", fast, fast.ideal()),
+        *_rows(f"counter, {_parameters(wide_path)}", wide, wide.ideal()),
         *_rows("slow counter", slow, slow.ideal()),
         *_rows("slow counter, max_lag=1", ahead, slow.ideal()),
     ]
     return Measurement(
         name="step",
-        what=f"`counter` from its warm start, {PROMPTS} x {GROUP} rollouts a step "
-        f"({statistics.median(fast.num_calls):.0f} calls) under `L.Trainer`; the slow one's tools take {WAIT_S} s "
+        what=f"`counter` from its warm start of {_parameters(path)} where no other size stands, {PROMPTS} x {GROUP} "
+        f"rollouts a step ({statistics.median(fast.num_calls):.0f} calls; {statistics.median(wide.num_calls):.0f} of "
+        f"the larger policy) under `L.Trainer`; the slow one's tools take {WAIT_S} s "
         f"each, without a core. {ROUNDS} runs of each arm in turn, of {STEPS} steps, the first {WARM_UP} left out; "
         "medians. Synchronous steps are each followed by their ideal parts: the same calls with the same prompts and "
         "lengths on the bare engine (a rollout's next call when its last is over), forward, backward and AdamW on the "
@@ -66,6 +72,10 @@ def measure() -> Measurement:
         "`collect`. CPU seconds by thread are of the whole step.",
         rows=rows,
     )
+
+
+def _parameters(path: Path) -> str:
+    return f"{json.loads((path / RECORD).read_text())['parameters'] / 1e6:.1f} M parameters"
 
 
 @dataclass
