@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_gym.errors import EngineDeadError, EngineError, EngineStartError, RequestAbortedError, WeightSyncError
-from lightning_gym.policy.engine import Deliver, EngineModel, Generation, Part, SamplingParams
+from lightning_gym.policy.engine import Deliver, EngineModel, Generation, LoRA, Part, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ class FakeEngine:
             for every pair shows any misplaced token.
         max_num_seqs: accepted for likeness; requests are answered one after the other.
         can_sleep: whether it gives memory back; weights that slept are not numbers until they are written.
+        max_lora_rank: highest rank of an adapter that it computes beside the weights; 0: none.
     """
 
     def __init__(
@@ -35,17 +36,20 @@ class FakeEngine:
         logprob: Callable[[int, int], float] | None = None,
         max_num_seqs: int = 1,
         can_sleep: bool = False,
+        max_lora_rank: int = 0,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.events: list[str] = []
         """What was asked of the engine, in order: ``start``, ``update:3``, ``resume``, ``pause``, ``sleep:kv_cache``,
         ``sleep:weights`` (both), ``wake:weights``, ``wake:kv_cache``, ``close``."""
         self.can_sleep = can_sleep
+        self.max_lora_rank = max_lora_rank
         self.asleep: frozenset[Part] = frozenset()
         self._max_model_len = max_model_len
         self._script = script
         self._logprob = logprob
         self._model: Any = None
+        self._hooks: list[Any] = []
         self._version: int | None = None
         self._waiting: dict[str, tuple[list[int], SamplingParams, Deliver]] = {}
         self._wake = threading.Condition()
@@ -70,7 +74,7 @@ class FakeEngine:
             raise EngineStartError("this engine runs already; close it first")
         self.events.append("start")
         self._version, self._running, self._closed, self._death = None, False, False, None
-        self.asleep = frozenset()
+        self.asleep, self._hooks = frozenset(), []
         try:
             config = AutoConfig.from_pretrained(model.path)
             with torch.random.fork_rng(devices=[]):
@@ -150,6 +154,20 @@ class FakeEngine:
             self._model.load_state_dict(dict(weights))
         except RuntimeError as error:
             raise WeightSyncError(f"the fake engine could not load these weights: {error}") from error
+
+    def load_adapter(self, adapter: Mapping[str, LoRA]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        layers = dict(self._model.named_modules())
+        for name, part in adapter.items():
+            if name not in layers:
+                raise WeightSyncError(f"the fake engine takes no adapter for {name}: there is no such layer")
+            if part.a.shape[0] > self.max_lora_rank:
+                raise WeightSyncError(
+                    f"the adapter has rank {part.a.shape[0]}, and this engine has max_lora_rank={self.max_lora_rank}"
+                )
+            self._hooks.append(layers[name].register_forward_hook(_adding(part.a.clone(), part.b * part.scaling)))
 
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:
         if self._running:
@@ -233,6 +251,11 @@ class FakeEngine:
             finish_reason="stop" if stopped else "length",
             weight_version=self._version,
         )
+
+
+def _adding(a: "torch.Tensor", b: "torch.Tensor") -> Callable[[Any, tuple[Any, ...], Any], Any]:
+    """A forward hook that adds ``b @ a @ x`` to the output of a linear layer."""
+    return lambda _layer, inputs, output: output + inputs[0] @ a.to(output.dtype).T @ b.to(output.dtype).T
 
 
 def _fuse(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""The ways in which an engine gets the trainer's weights, fastest first: share, copy, reload.
+"""The ways in which an engine gets the trainer's weights: adapter, share, copy, reload.
 
 ``share``
     The trainer's parameters are made views of the engine's tensors. Nothing moves any more, and the weights are in
@@ -6,6 +6,9 @@
 ``copy``
     Every tensor is written into the engine's own with one fused call, cast on the way where the engine computes in
     another dtype. Frozen tensors are written once. Of a sharded policy, ranks gather them there, a bucket at a time.
+``adapter``
+    The weights under a LoRA adapter are shared or copied, once; after that the adapter's own matrices are all that
+    moves, and the engine adds their product as the trainer does. For engines that keep adapters.
 ``reload``
     Everything goes through the engine's own loader by name, for engines that hold weights in a form of their own
     (quantised, mixture of experts, sharded).
@@ -20,9 +23,9 @@ from torch import Tensor, nn
 
 from lightning_gym.errors import WeightSyncError
 from lightning_gym.policy.engine import Engine
-from lightning_gym.weights import Weight, checkpoint_weights
+from lightning_gym.weights import Weight, checkpoint_weights, lora, lora_refusal, without_adapters
 
-SyncMode = Literal["auto", "share", "copy", "reload"]
+SyncMode = Literal["auto", "adapter", "share", "copy", "reload"]
 
 
 class Rung(Protocol):
@@ -141,6 +144,66 @@ def synchronize() -> None:
     """Trainer and engine use streams of their own: what one wrote must be there before the other reads."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class Adapter:
+    """Hands a LoRA adapter over beside the weights that it adapts, which another rung hands over without it.
+
+    Args:
+        base: what the engine gets the weights by.
+        engine: keeps adapters.
+    """
+
+    name: SyncMode = "adapter"
+
+    def __init__(self, base: Rung, engine: Engine) -> None:
+        self.base = base
+        self._engine = engine
+        self._weights: Sequence[Weight] = ()
+        self._bare: Sequence[Weight] = ()
+        self._merged: list[bool] = []
+
+    @staticmethod
+    def refusal(weights: Sequence[Weight], max_rank: int) -> str | None:
+        """Why an engine that takes ranks up to `max_rank` cannot keep the adapters of these weights apart."""
+        if max_rank == 0:
+            return "the engine keeps no adapters (VLLMEngine(max_lora_rank=...) does)"
+        for weight in weights:
+            if weight.adapter is None:
+                continue
+            if (reason := lora_refusal(weight)) is not None:
+                return f"{weight.name} {reason}"
+            rank = max(layer.out_features for layer in weight.adapter.lora_A.values())
+            if rank > max_rank:
+                return f"{weight.name} has an adapter of rank {rank}, and the engine takes at most {max_rank}"
+        return None
+
+    def begin(self, weights: Sequence[Weight]) -> None:
+        if weights is not self._weights:
+            self._weights, self._bare = weights, without_adapters(weights)
+        merged = [bool(weight.adapter.merged) for weight in weights if weight.adapter is not None]
+        if merged != self._merged and not isinstance(self.base, Share):
+            self.base.forget()  # PEFT merges into `.data`, which no version counter sees
+        self._merged = merged
+        self.base.begin(self._bare)
+
+    @torch.no_grad()
+    def write(self) -> tuple[int, int]:
+        num_bytes, num_tensors = self.base.write()
+        adapter = {w.name.removesuffix(".weight"): lora(w) for w in self._weights if w.adapter and not w.adapter.merged}
+        self._engine.load_adapter(adapter)
+        synchronize()
+        tensors = [tensor for part in adapter.values() for tensor in (part.a, part.b)]
+        return num_bytes + sum(tensor.nbytes for tensor in tensors), num_tensors + len(tensors)
+
+    def forget(self) -> None:
+        self.base.forget()
+
+    def abstain(self) -> None:
+        self.base.abstain()
+
+    def close(self, weights: Sequence[Weight]) -> None:
+        self.base.close(weights)
 
 
 class Reload:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from lightning_gym.canary import Canary
 from lightning_gym.copying import Copy, GatheredCopy
 from lightning_gym.errors import ConfigError, WeightSyncError
-from lightning_gym.ladder import Reload, Rung, Share, SyncMode
+from lightning_gym.ladder import Adapter, Reload, Rung, Share, SyncMode
 from lightning_gym.manifest import Manifest
 from lightning_gym.policy.engine import Engine
 from lightning_gym.ranks import Ranks
 from lightning_gym.sharding import is_sharded
-from lightning_gym.weights import Inventory, Weight
+from lightning_gym.weights import Inventory, Weight, without_adapters
 
 _log = logging.getLogger(__name__)
+_NO_ADAPTER = "the policy has no LoRA adapter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,8 @@ class SyncReport:
     canary_seconds: float
     """Of it, the forward passes of the canary."""
     num_bytes: int
-    """Written into the engine. With ``share``: all of it at the first sync, 0 afterwards."""
+    """Written into the engine. With ``share``: all of it at the first sync, 0 afterwards; with ``adapter``: all of it,
+    and then the adapter's."""
     num_tensors: int
     """Written into the engine; frozen ones are written once."""
     canary_diff: float
@@ -117,7 +119,7 @@ class WeightSync:
                 self._engine.wake_up("weights")
             self._engine.update_weights(write, version=version)
             self.wake()
-        if isinstance(self._rung, Share):
+        if self._shared is not None:
             self._stamp = _stamp(held)
         handed_over = time.perf_counter()
         difference = self._canary.check(self._engine_dtype(), version=version)
@@ -151,7 +153,7 @@ class WeightSync:
         Raises:
             WeightSyncError: an optimizer stepped while a collection was open, or before the step was synced.
         """
-        if isinstance(self._rung, Share) and _stamp(self._inventory.look()) != self._stamp:
+        if self._shared is not None and _stamp(self._inventory.look()) != self._stamp:
             raise WeightSyncError(
                 "the engine shares the trainer's weights, and they changed after version "
                 f"{self._engine.weight_version} was synced: something trains while the engine samples, or samples "
@@ -165,7 +167,7 @@ class WeightSync:
         engine work at the same time.
         """
         if self._engine.can_sleep and not self._max_lag:
-            self._engine.sleep(weights=not isinstance(self._rung, Share))
+            self._engine.sleep(weights=self._shared is None)
 
     def wake(self) -> None:
         """Give the KV cache its memory again: after a sync, and before a collection that needs none."""
@@ -176,8 +178,18 @@ class WeightSync:
         """Leave the model with tensors of its own; call it when the engine is gone."""
         self._rung.close(self._inventory.look())
 
+    @property
+    def _shared(self) -> Share | None:
+        """What makes trainer and engine hold the same tensors, if anything does."""
+        rung = self._rung.base if isinstance(self._rung, Adapter) else self._rung
+        return rung if isinstance(rung, Share) else None
+
     def _choose(self, held: Sequence[Weight], no_views: str | None) -> Rung:
         refused: dict[SyncMode, str] = {}
+        if (reason := self._adapter_refusal(held)) is not None:
+            refused["adapter"] = reason
+        if self._engine.max_lora_rank:
+            refused["reload"] = "an engine with room for adapters does not load its weights again"
         if self._views is None:
             refused["share"] = refused["copy"] = no_views or ""
         elif self._max_lag:
@@ -192,15 +204,28 @@ class WeightSync:
             raise ConfigError(f"sync_mode={self._mode!r} cannot be used: {refused[self._mode]}. Use sync_mode='auto'")
         views = self._views or {}
         copy = GatheredCopy(self._model, views) if self._is_sharded else Copy(views)
-        rungs: list[Rung] = [Share(views), copy, Reload(self._engine, self._model)]
-        chosen = next(rung for rung in rungs if rung.name not in refused and self._mode in ("auto", rung.name))
-        because = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
+        bare = Share.refusal(without_adapters(held), views) if self._views is not None and not self._max_lag else ""
+        adapter = Adapter(Share(views) if bare is None else Copy(views), self._engine)
+        rungs: list[Rung] = [adapter, Share(views), copy, Reload(self._engine, self._model)]
+        chosen = next((rung for rung in rungs if rung.name not in refused and self._mode in ("auto", rung.name)), None)
+        because = "".join(f"; not {name}: {reason}" for name, reason in refused.items() if reason != _NO_ADAPTER)
+        if chosen is None:
+            raise ConfigError(f"the engine cannot get this policy's weights{because}")
         _log.info("weights reach the engine by %s%s", chosen.name, because)
         return chosen
 
+    def _adapter_refusal(self, held: Sequence[Weight]) -> str | None:
+        if all(weight.adapter is None for weight in held):
+            return _NO_ADAPTER
+        if self._is_sharded:
+            return "every rank holds a part of the policy"
+        if self._views is None:
+            return "the engine's weights have a form of their own"
+        return Adapter.refusal(held, self._engine.max_lora_rank)
+
     def _keep_shared(self, held: Sequence[Weight]) -> None:
         """Notice parameters that were given another storage, by ``assign=True``, ``.to()`` or a swap of ``.data``."""
-        if not isinstance(self._rung, Share) or not (strays := self._rung.strays(held)):
+        if self._shared is None or not (strays := self._shared.strays(held)):
             return
         what = (
             f"{len(strays)} of the trainer's parameters, {strays[0]} the first, were given another storage than the "
@@ -211,7 +236,8 @@ class WeightSync:
         _log.warning("%s; from here on weights are copied", what)
         assert self._views is not None
         self._rung.close(held)
-        self._rung = Copy(self._views)
+        copy = Copy(self._views)
+        self._rung = Adapter(copy, self._engine) if isinstance(self._rung, Adapter) else copy
 
     def _engine_dtype(self) -> torch.dtype:
         if (

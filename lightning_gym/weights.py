@@ -1,7 +1,7 @@
 """The policy's weights under the names of its checkpoint, whatever wraps the module, LoRA adapters merged."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from operator import attrgetter, is_
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from lightning_gym.policy.engine import LoRA
 from lightning_gym.sharding import buckets, is_sharded, reshard, whole, whole_shapes
 
 _WRAPPERS = {"_orig_mod", "_forward_module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -53,6 +54,30 @@ class Weight:
         for name in self.adapter.active_adapters:
             weight = weight + self.adapter.get_delta_weight(name).detach()
         return weight.to(self.parameter.dtype)  # PEFT keeps adapters of half-precision models in float32
+
+
+def without_adapters(weights: Iterable[Weight]) -> list[Weight]:
+    """The same weights, of adapted layers the base alone."""
+    return [replace(weight, adapter=None) for weight in weights]
+
+
+def lora(weight: Weight) -> LoRA:
+    """The adapter of a weight, as an engine takes it; only where `lora_refusal` has nothing to say."""
+    (active,) = weight.adapter.active_adapters
+    a, b = (getattr(weight.adapter, side)[active].weight.detach() for side in ("lora_A", "lora_B"))
+    return LoRA(a=a, b=b, scaling=float(weight.adapter.scaling[active]))
+
+
+def lora_refusal(weight: Weight) -> str | None:
+    """Why an adapter is more than two matrices beside a linear layer's weight; ``None`` if it is not."""
+    layer = weight.adapter
+    if not isinstance(layer.base_layer, nn.Linear):
+        return f"is adapted as the weight of a {type(layer.base_layer).__name__}"
+    if len(layer.active_adapters) != 1:
+        return f"has {len(layer.active_adapters)} active adapters"
+    if any(part.bias is not None for part in layer.lora_B.values()):
+        return "has an adapter with a bias"
+    return None
 
 
 def weights(model: nn.Module) -> Iterator[Weight]:

@@ -44,6 +44,17 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoRA:
+    """What an adapter adds to the output of one linear layer: ``scaling * b @ (a @ x)``."""
+
+    a: "torch.Tensor"
+    """``[rank, inputs]``."""
+    b: "torch.Tensor"
+    """``[outputs, rank]``."""
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineModel:
     """Which model the engine is to hold."""
 
@@ -153,6 +164,25 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_lora_rank(self) -> int:
+        """Highest rank of an adapter that `load_adapter` takes; 0: none, so that adapters have to be merged."""
+        ...
+
+    def load_adapter(self, adapter: Mapping[str, LoRA]) -> None:
+        """Compute with the weights and this adapter from now on; it takes the place of the one before.
+
+        Only inside the `write` of `update_weights`.
+
+        Args:
+            adapter: Hugging Face name of a linear layer, such as ``"model.layers.0.self_attn.q_proj"`` -> what is
+                added to its output. The tensors are copied. Empty: the weights alone.
+
+        Raises:
+            WeightSyncError: a layer is not there or takes no adapter, or a rank is over `max_lora_rank`.
+        """
+        ...
+
+    @property
     def can_sleep(self) -> bool:
         """Whether the trainer can have the engine's memory while it trains."""
         ...
@@ -179,7 +209,8 @@ class Engine(Protocol):
     def update_weights(self, write: Callable[[], None], *, version: int) -> None:
         """Run `write` with nothing in flight, drop every cache computed with old weights, then take `version`.
 
-        `write` may call `weight_views` and `load_weights`. If it raises, the engine keeps the version it had.
+        `write` may call `weight_views`, `load_weights` and `load_adapter`. If it raises, the engine keeps the version
+        it had.
 
         Raises:
             WeightSyncError: requests are in flight, or a cache could not be dropped.

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from lightning_gym.errors import EngineStartError
 from lightning_gym.policy.engine import EngineModel
@@ -23,6 +23,7 @@ class EngineSettings:
     gpu_memory_utilization: float | None
     enforce_eager: bool | None
     head_dtype: str | None
+    max_lora_rank: int
     seed: int
     engine_args: Mapping[str, Any]
 
@@ -56,6 +57,8 @@ def engine_arguments(settings: EngineSettings, model: EngineModel) -> dict[str, 
     }
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
+    if settings.max_lora_rank:
+        arguments |= _lora_arguments(settings.max_lora_rank)
     if settings.head_dtype is not None:
         arguments["hf_overrides"] = {"head_dtype": settings.head_dtype}
     if on_cpu:
@@ -69,6 +72,16 @@ def engine_arguments(settings: EngineSettings, model: EngineModel) -> dict[str, 
         raise EngineStartError(f"vllm {vllm.__version__} knows no engine argument {', '.join(unknown)}")
     _refuse(arguments, model.device)
     return arguments
+
+
+def _lora_arguments(max_rank: int) -> dict[str, Any]:
+    """Room for one adapter; vLLM's kernels take some ranks only, and a smaller one in the room of a larger."""
+    from vllm.config.lora import MaxLoRARanks
+
+    room = [rank for rank in get_args(MaxLoRARanks) if rank >= max_rank]
+    if not room:
+        raise EngineStartError(f"vLLM takes adapters of rank {max(get_args(MaxLoRARanks))} at most, got {max_rank}")
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": min(room)}
 
 
 def _cpu_arguments(settings: EngineSettings) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from lightning_gym.errors import (
     RequestAbortedError,
     WeightSyncError,
 )
-from lightning_gym.policy.engine import Deliver, EngineModel, Generation, Part, SamplingParams
+from lightning_gym.policy.engine import Deliver, EngineModel, Generation, LoRA, Part, SamplingParams
 from lightning_gym.policy.vllm_arguments import EngineSettings, engine_arguments
 
 if TYPE_CHECKING:
     import torch
     import vllm
+    from vllm.lora.request import LoRARequest
 
     from lightning_gym.policy.vllm_weights import WeightViews
 
@@ -49,6 +50,8 @@ class VLLMEngine:
         enforce_eager: no compilation and no CUDA graphs. ``None``: eager on CPU (2 s to start instead of 26 s).
         head_dtype: ``"float32"`` computes the LM head in float32 whatever the model is, for vLLM that can (0.32, not
             0.25.1); set `PolicyModule(head_dtype=...)` alike. ``None``: as the model.
+        max_lora_rank: keeps a LoRA adapter of up to this rank apart from the weights, which a sync then leaves alone:
+            `sync_mode` ``"adapter"``. 0: adapters are merged into the weights.
         seed: seeds what is not seeded by the request.
         engine_args: further `vllm.EngineArgs` fields, for what has no argument here.
 
@@ -70,6 +73,7 @@ class VLLMEngine:
         gpu_memory_utilization: float | None = None,
         enforce_eager: bool | None = None,
         head_dtype: str | None = None,
+        max_lora_rank: int = 0,
         seed: int = 0,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
@@ -82,6 +86,7 @@ class VLLMEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=enforce_eager,
             head_dtype=head_dtype,
+            max_lora_rank=max_lora_rank,
             seed=seed,
             engine_args=dict(engine_args or {}),
         )
@@ -96,6 +101,7 @@ class VLLMEngine:
         self._closing = False
         self._death: BaseException | None = None
         self._weight_version: int | None = None
+        self._adapter: LoRARequest | None = None
         self._owns_process_group = False
         self._can_sleep = False
         self._asleep: frozenset[Part] = frozenset()
@@ -113,7 +119,7 @@ class VLLMEngine:
             raise EngineStartError("this engine runs already; close it first")
         self._work, self._pending = queue.SimpleQueue(), {}
         self._running, self._closing, self._death, self._weight_version = False, False, None, None
-        self._asleep = frozenset()
+        self._asleep, self._adapter = frozenset(), None
         built: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(model, built), name="lightning-gym-engine", daemon=True)
         self._thread.start()
@@ -170,6 +176,21 @@ class VLLMEngine:
         if threading.current_thread() is not self._thread:
             raise WeightSyncError("load_weights belongs inside the `write` of update_weights")
         reload_weights(self._engine, weights)
+
+    @property
+    def max_lora_rank(self) -> int:
+        return self._settings.max_lora_rank
+
+    def load_adapter(self, adapter: Mapping[str, LoRA]) -> None:
+        from lightning_gym.policy.vllm_weights import load_adapter
+
+        if threading.current_thread() is not self._thread:
+            raise WeightSyncError("load_adapter belongs inside the `write` of update_weights")
+        if (rank := max((part.a.shape[0] for part in adapter.values()), default=0)) > self.max_lora_rank:
+            raise WeightSyncError(
+                f"the adapter has rank {rank}, and this engine has max_lora_rank={self.max_lora_rank}"
+            )
+        self._adapter = load_adapter(self._engine, adapter)
 
     @property
     def can_sleep(self) -> bool:
@@ -352,7 +373,8 @@ class VLLMEngine:
         )
         try:
             self._refuse_if_dead()
-            self._engine.add_request(request_id, TokensPrompt(prompt_token_ids=list(prompt_ids)), params)
+            prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
+            self._engine.add_request(request_id, prompt, params, lora_request=self._adapter)
         except Exception as error:  # noqa: BLE001  vLLM refuses a bad request here; the requester hears why
             deliver(error)
             return
@@ -385,7 +407,8 @@ class VLLMEngine:
         if self._pending:
             raise WeightSyncError("prompt_logprobs needs an idle engine; pause it first")
         params = VLLMSamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        self._engine.add_request(f"canary-{time.monotonic_ns()}", TokensPrompt(prompt_token_ids=token_ids), params)
+        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        self._engine.add_request(f"canary-{time.monotonic_ns()}", prompt, params, lora_request=self._adapter)
         outputs: list[Any] = []
         while self._engine.has_unfinished_requests():
             outputs += self._engine.step()

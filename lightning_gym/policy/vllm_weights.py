@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from lightning_gym.errors import WeightSyncError
+from lightning_gym.policy.engine import LoRA
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+    from vllm.lora.request import LoRARequest
 
 LOADER = "lightning_gym"
 """Name of the registered weight loader."""
+_ADAPTER_ID = 1
 
 _WeightsFactory = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 _weights_being_loaded: _WeightsFactory | None = None
@@ -156,6 +159,7 @@ class WeightViews:
                 if key in seen:  # tied: the same storage under a second name
                     continue
                 seen.add(key)
+                module_name = module_name.removesuffix(".base_layer")  # noqa: PLW2901  where vLLM has room for a LoRA
                 parent, _, leaf = module_name.rpartition(".")
                 if len(parts := parts_of.get(leaf, [])) > 1:
                     sizes: list[int] = list(module.output_partition_sizes)  # type: ignore[arg-type]  linear layers have it
@@ -165,6 +169,41 @@ class WeightViews:
                 if name == "weight" and hasattr(module, "org_vocab_size"):
                     tensor = tensor[: module.org_vocab_size]  # type: ignore[misc]
                 yield f"{module_name}.{name}", tensor
+
+
+def load_adapter(engine: "LLMEngine", adapter: Mapping[str, LoRA]) -> "LoRARequest | None":
+    """Put an adapter into the engine's one slot; what every request has to ask for from then on, if it has layers.
+
+    0.32 ``lora/model_manager.py: LoRAModelManager`` of the driver's model runner: vLLM's own way in,
+    ``LLMEngine.add_lora``, reads adapters from files. An id that is there already is not looked for on disk
+    (``LRUCacheWorkerLoRAManager.add_adapter``). A slot is emptied as well as left, because CPU kernels add what is in
+    it to requests for no adapter too.
+
+    Raises:
+        WeightSyncError: vLLM has no such layer, or none that takes an adapter.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+    from vllm.lora.request import LoRARequest
+
+    executor: Any = engine.model_executor
+    manager: Any = executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+    packed: Mapping[str, list[str]] = manager.packed_modules
+    known = {part for name in manager.modules for part in packed.get(name, [name])}
+    if strangers := sorted(adapter.keys() - known):
+        raise WeightSyncError(f"vLLM takes no adapter for {', '.join(strangers[:8])}")
+    layers = {
+        name: LoRALayerWeights(name, len(part.a), len(part.a), part.a, part.b.clone(), part.scaling)  # scales `b`
+        for name, part in adapter.items()
+    }
+    manager.remove_adapter(_ADAPTER_ID)
+    if not layers:
+        for module in manager.modules.values():
+            module.reset_lora(0)
+        return None
+    manager.add_adapter(LoRAModel(_ADAPTER_ID, max(layer.rank for layer in layers.values()), layers))
+    manager.activate_adapter(_ADAPTER_ID)
+    return LoRARequest("policy", _ADAPTER_ID, "in this process")
 
 
 def _views_refusal(engine: "LLMEngine") -> str | None:
