@@ -65,9 +65,9 @@ class GymCallback(L.Callback):
             loaded from (``model.name_or_path``).
         sampling: of training rollouts; ``top_p`` and ``top_k`` only where the module's ``correction`` is on.
         eval_sampling: of validation rollouts; any ``top_p`` and ``top_k``. ``None``: the same as `sampling`.
-        sync_mode: how the engine gets the trainer's weights: ``"share"`` (its tensors are the trainer's, nothing
-            moves), ``"copy"``, ``"reload"`` (through the engine's own loader), or ``"auto"``, the first of them whose
-            preconditions hold.
+        sync_mode: how the engine gets the trainer's weights: ``"adapter"`` (a LoRA adapter moves, its base does not),
+            ``"share"`` (its tensors are the trainer's, nothing moves), ``"copy"``, ``"reload"`` (through the engine's
+            own loader), or ``"auto"``, the first of them whose preconditions hold.
         seed: of sampling: together with a rollout's group and attempt it decides every token.
         rollout_timeout_s: a rollout that takes longer has failed.
         retries: further tries for a rollout that failed for reasons outside of it.

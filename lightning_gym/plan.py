@@ -272,6 +272,20 @@ def _plan_memory(cfg: DictConfig, size: ModelSize, plan: Plan) -> None:
         plan.unchecked.append("whether this fits: nothing says how much memory a device has (+hardware.device_gib=80)")
     if callback.get("sync_mode") == "share" and (policy.get("peft_config") is not None or shards > 1):
         plan.problems.append("callback.sync_mode=share: the trainer's weights are not the engine's here; use auto")
+    if callback.get("sync_mode") == "adapter" and not _is_kept_apart(policy, _Arguments(cfg.engine)):
+        plan.problems.append(
+            "callback.sync_mode=adapter: needs policy.peft_config, and engine.max_lora_rank of at least its rank"
+        )
+
+
+def _is_kept_apart(policy: _Arguments, engine: _Arguments) -> bool:
+    """Whether the policy has an adapter for which the engine has room."""
+    peft_config = policy.get("peft_config")
+    return peft_config is not None and peft_config.get("r", 8) <= engine.get("max_lora_rank", 0)
+
+
+def _base_is_shared(policy: _Arguments, engine: _Arguments) -> bool:
+    return policy.get("peft_config") is None or _is_kept_apart(policy, engine)
 
 
 def _num_shards(trainer: _Arguments) -> int:
@@ -303,7 +317,7 @@ def _engine_parts(cfg: DictConfig, size: ModelSize, weights_dtype: str, *, alone
         kv_cache_bytes=kv,
         max_num_seqs=num_seqs,
         max_batched_tokens=batched,
-        shared=alone and policy.get("peft_config") is None and dtype == weights_dtype,
+        shared=alone and _base_is_shared(policy, engine) and dtype == weights_dtype,
         cuda_graphs=not on_cpu and not engine.get("enforce_eager"),
     )
 

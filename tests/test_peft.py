@@ -94,14 +94,19 @@ def test_gradient_checkpointing_changes_no_weight_of_an_adapter(model_dir, tmp_p
 
 
 @pytest.mark.usefixtures("varied")
-def test_a_run_with_an_adapter_goes_on_from_its_checkpoint(model_dir, tmp_path):
+@pytest.mark.parametrize("room", [0, 4], ids=["merged", "kept apart"])
+def test_a_run_with_an_adapter_goes_on_from_its_checkpoint(model_dir, tmp_path, room):
+    def engine():
+        return FakeEngine(max_model_len=96, max_lora_rank=room)
+
     whole = adapted()
-    fit(PolicyModule(whole, lr=1e-2), model_dir, tmp_path / "whole", max_steps=4)
+    fit(PolicyModule(whole, lr=1e-2), model_dir, tmp_path / "whole", engine=engine(), max_steps=4)
     first = PolicyModule(adapted(), lr=1e-2)
-    _, trainer = fit(first, model_dir, tmp_path / "cut", max_steps=2)
+    _, trainer = fit(first, model_dir, tmp_path / "cut", engine=engine(), max_steps=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     second = adapted()
-    fit(PolicyModule(second, lr=1e-2), model_dir, tmp_path / "cut", max_steps=4, ckpt_path=tmp_path / "half.ckpt")
+    again = {"max_steps": 4, "ckpt_path": tmp_path / "half.ckpt"}
+    fit(PolicyModule(second, lr=1e-2), model_dir, tmp_path / "cut", engine=engine(), **again)
     for (name, one), (_, other) in zip(whole.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(one, other), name
 
@@ -135,13 +140,16 @@ def test_an_adapter_that_is_no_sum_is_refused_before_a_rollout(model_dir, tmp_pa
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("varied")
-def test_an_adapter_trains_with_vllm(model_dir, tmp_path):
+@pytest.mark.parametrize("room", [0, 4], ids=["merged", "kept apart"])
+def test_an_adapter_trains_with_vllm(model_dir, tmp_path, room):
     model = adapted(**KINDS["head"])
     callback, _ = fit(
         PolicyModule(model, lr=1e-2, kl_coefficient=0.1),
         model_dir,
         tmp_path / "run",
-        engine=VLLMEngine(max_model_len=96, max_num_seqs=16),
+        engine=VLLMEngine(max_model_len=96, max_num_seqs=16, max_lora_rank=room),
     )
     assert [entry["train/logprob_diff_max"] < 1e-4 for entry in callback.history] == [True] * 3
     assert all(entry["sync/canary_diff"] < 1e-4 for entry in callback.history)
+    trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert (callback.history[-1]["sync/bytes"] == trained_bytes) == bool(room)

@@ -95,6 +95,15 @@ def test_lora_on_one_24_gb_gpu_fits(data):
     assert "an adapter of 33.0 M that alone trains" in dict(plan.facts)["model"]
 
 
+def test_an_engine_with_room_for_the_adapter_shares_the_base_with_the_trainer(data):
+    lora = ["recipe=workplace_assistant", "trainer=1x24gb", *data["workplace_assistant"]]
+    merged, apart = plan_run(lora), plan_run([*lora, "engine.max_lora_rank=16", "callback.sync_mode=adapter"])
+    assert apart.problems == []
+    assert merged.budget.total_bytes - apart.budget.total_bytes > 4e9 * 2 * 0.9, "4 B weights of bfloat16 less"
+    narrow = plan_run([*lora, "engine.max_lora_rank=8", "callback.sync_mode=adapter"])
+    assert any("engine.max_lora_rank of at least its rank" in problem for problem in narrow.problems)
+
+
 def test_a_plan_leaves_the_choice_of_a_correction_to_the_run_that_plays_ahead(data):
     plan = plan_run(["recipe=counter", "data.max_lag=1", "policy.correction=null"])
     assert not [problem for problem in plan.problems if "correction" in problem]
