@@ -16,6 +16,8 @@ SEED ?= 0
 # Who plays the demo: `embedded`, or `nemo` for NeMo Gym itself.
 GYM ?= embedded
 PYTEST_ARGS ?=
+# Processes that run tests.
+JOBS ?= 2
 MUTANTS ?=
 
 # The one address that may be needed beside pip's own configuration: PyPI carries no CPU build of torch.
@@ -115,15 +117,19 @@ demo: $(READY) $(if $(filter nemo,$(GYM)),$(READY_GYM))
 	$(VENV)/bin/lightning-gym train recipe=counter seed=$(SEED) $(DEMO_$(GYM))
 	@$(VENV)/bin/lightning-gym report $(DEMO_OUT)
 
-# The suite's tiers: see the markers in pyproject.toml.
+# The suite's tiers: see the markers in pyproject.toml. Files of tests are dealt to JOBS processes of one core each;
+# what `full` runs is bounded in time by the machine's whole speed, and has it to itself.
+PYTEST := $(VENV)/bin/python -m pytest
+PYTEST_JOBS = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile
+
 test-fast: $(READY)
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST_JOBS) $(PYTEST_ARGS)
 
 test: $(READY) $(if $(shell grep -rlE 'mark[.]gym' tests),$(READY_GYM))
-	@$(VENV)/bin/python -m pytest -m "not full" $(PYTEST_ARGS)
+	@$(PYTEST_JOBS) -m "not full" $(PYTEST_ARGS)
 
 test-full: $(READY) $(READY_GYM)
-	@$(VENV)/bin/python -m pytest -m "" $(PYTEST_ARGS)
+	@$(PYTEST) -m "" $(PYTEST_ARGS)
 
 mutants: $(READY)
 	@$(VENV)/bin/python -m tests.mutants $(MUTANTS)

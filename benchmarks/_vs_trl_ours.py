@@ -69,9 +69,7 @@ def main(folder: Path) -> None:
         num_sanity_val_steps=0,
         callbacks=[callback, stamps],
     )
-    data = GymDataModule(
-        rows, prompts_per_step=num_prompts, group_size=workload.group_size, shuffle=False, share_prefix=True
-    )
+    data = GymDataModule(rows, prompts_per_step=num_prompts, group_size=workload.group_size, shuffle=False)
     policy = PolicyModule(AutoModelForCausalLM.from_pretrained(folder), lr=workload.lr)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on loaders and cores

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ ON_REQUEST = True  # `lightning-gym bench all` leaves it out
 ROUNDS = 3
 ROOT = Path(__file__).parents[1]
 VENV = Path("outputs/trl-venv")
-SMALL = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 512}
-WIDER = {"hidden_size": 320, "num_layers": 6, "intermediate_size": 1024}
-EQUAL = Workload(name="equal: 128 x 32", lengths=(32,) * 16, group_size=8, steps=8)
-RAGGED = Workload(name="ragged 8:1: 128 x 16 to 128", lengths=(128, *(16,) * 15), group_size=8, steps=6)
-RUNS = [(SMALL, EQUAL), (WIDER, replace(EQUAL, steps=5)), (SMALL, RAGGED)]
+MODEL = {"hidden_size": 128, "num_layers": 4, "intermediate_size": 512}
+WORKLOADS = [
+    Workload(name="equal: 128 x 32", lengths=(32,) * 16, group_size=8, steps=8),
+    Workload(name="ragged 8:1: 128 x 16 to 128", lengths=(128, *(16,) * 15), group_size=8, steps=6),
+]
 ARMS = {"ours": "lightning_gym, over HTTP", "vllm": "TRL, colocated vLLM", "hf": "TRL, transformers"}
 
 
@@ -36,10 +35,10 @@ def measure() -> Measurement:
     """Every arm in a fresh process, arms in turn."""
     python = trl_python()
     rows: list[dict[str, Any]] = []
-    for model, workload in RUNS:
+    for workload in WORKLOADS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            num_parameters = save_model(folder, model)
+            num_parameters = save_model(folder)
             workload.save(folder)
             found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
             for _ in range(ROUNDS):
@@ -50,9 +49,8 @@ def measure() -> Measurement:
         name="vs_trl",
         what=f"Seconds of a GRPO step on CPU, float32 trainers and engines, one micro-batch; {ROUNDS} processes an arm "
         "in turn, the first step of each left out; medians over all steps (smallest and largest beside it). Ours plays "
-        "every completion through the Gym and the endpoint over HTTP, and trains with `share_prefix`, which TRL has "
-        "not: a prompt once for its eight completions. TRL's vLLM does not train on CPU as it is: live weights and the "
-        "float32 engine are wrapped in at run time; it compiles its model, ours runs eagerly. "
+        "every completion through the Gym and the endpoint over HTTP. TRL's vLLM does not train on CPU as it is: "
+        "live weights and the float32 engine are wrapped in at run time; it compiles its model, ours runs eagerly. "
         f"{_versions(python)}.",
         rows=rows,
     )
@@ -94,10 +92,10 @@ def run(arm: str, folder: Path, python: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def save_model(folder: Path, sizes: dict[str, int]) -> int:
+def save_model(folder: Path) -> int:
     """A random model that never ends a turn by itself: the logit of its turn end is 0 among others of about +-10."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, tie_word_embeddings=False, **sizes)
+    model = tiny_model(tokenizer, tie_word_embeddings=False, **MODEL)
     with torch.no_grad():
         model.lm_head.weight.mul_(10 / model.lm_head.weight.std() / model.config.hidden_size**0.5)
         model.lm_head.weight[model.config.eos_token_id] = 0.0

@@ -189,6 +189,8 @@ class Adapter:
 
     @torch.no_grad()
     def write(self) -> tuple[int, int]:
+        if (reason := self.refusal(self._weights, self._engine.max_lora_rank)) is not None:
+            raise WeightSyncError(f"the policy's adapter changed after the first sync: {reason}")
         num_bytes, num_tensors = self.base.write()
         adapter = {w.name.removesuffix(".weight"): lora(w) for w in self._weights if w.adapter and not w.adapter.merged}
         self._engine.load_adapter(adapter)

@@ -362,6 +362,14 @@ MUTANTS = [
     ),
     Mutant(
         area="sync",
+        name="an adapter that is merged already is added once more",
+        path="ladder",
+        old="for w in self._weights if w.adapter and not w.adapter.merged}",
+        new="for w in self._weights if w.adapter}",
+        test="adapter_sync::an_adapter_that_the_user_merged_is_not_added_twice[fake]",
+    ),
+    Mutant(
+        area="sync",
         name="nobody looks whether trainer and engine agree",
         path="sync",
         old="difference = self._canary.check(self._engine_dtype(), version=version)",

@@ -226,6 +226,16 @@ def test_two_adapters_at_once_are_merged(room):
     assert WeightSync(room(), model).sync(0).mode == "copy"
 
 
+def test_a_second_adapter_that_is_switched_on_during_the_run_stops_it(room):
+    model = adapted()
+    sync = WeightSync(room(), model)
+    sync.sync(0)
+    model.add_adapter("second", peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=EVERYWHERE))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(WeightSyncError, match="changed after the first sync: .* has 2 active adapters"):
+        sync.sync(1)
+
+
 def test_an_engine_with_room_for_adapters_is_not_loaded_again(room):
     with pytest.raises(ConfigError, match="sync_mode='reload' cannot be used: an engine with room for adapters"):
         WeightSync(room(), base(), mode="reload")

@@ -17,18 +17,18 @@ def test_a_workload_is_read_as_it_was_written(tmp_path):
 
 
 def test_prompts_have_one_length_and_lengths_the_ratio_that_is_said(tmp_path):
-    vs_trl.save_model(tmp_path, vs_trl.SMALL)
+    vs_trl.save_model(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    equal, ragged = vs_trl.EQUAL, vs_trl.RAGGED
+    equal, ragged = vs_trl.WORKLOADS
 
     assert len({len(tokenizer.encode(prompt)) for prompt in equal.prompts()}) == 1
     assert len(set(equal.lengths)) == 1
     assert max(ragged.lengths) == 8 * min(ragged.lengths)
-    assert {len(workload.lengths) * workload.group_size for _, workload in vs_trl.RUNS} == {128}
+    assert {len(workload.lengths) * workload.group_size for workload in vs_trl.WORKLOADS} == {128}
 
 
 def test_the_model_never_ends_a_turn_and_packs(tmp_path):
-    vs_trl.save_model(tmp_path, vs_trl.SMALL)
+    vs_trl.save_model(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     use_packed_attention(model)
 
