@@ -232,7 +232,7 @@ def test_a_second_adapter_that_is_switched_on_during_the_run_stops_it(room):
     sync.sync(0)
     model.add_adapter("second", peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=EVERYWHERE))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(WeightSyncError, match="changed after the first sync: .* has 2 active adapters"):
+    with pytest.raises(WeightSyncError, match=r"changed after the first sync: .* has 2 active adapters"):
         sync.sync(1)
 
 
