@@ -380,8 +380,8 @@ MUTANTS = [
         area="sync",
         name="shared weights may change while the engine samples",
         path="sync",
-        old="if isinstance(self._rung, Share) and _stamp(self._inventory.look()) != self._stamp:",
-        new="if not isinstance(self._rung, Share) and not self._stamp:",
+        old="if self._shared is not None and _stamp(self._inventory.look()) != self._stamp:",
+        new="if self._shared is None and not self._stamp:",
         test="weights_sync::shared_weights_that_changed_since_the_sync_are_not_sampled_from",
     ),
     Mutant(
