@@ -97,6 +97,7 @@ def test_a_single_process_on_another_than_the_first_gpu_is_refused(policy_dir, m
         engine_arguments(SETTINGS, model_at(policy_dir, device="cuda:1"))
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(("wanted", "room"), [(0, None), (1, 1), (9, 16), (512, 512)])
 def test_room_for_an_adapter_is_the_smallest_that_vllm_has(tmp_path, wanted, room):
     arguments = engine_arguments(replace(SETTINGS, max_lora_rank=wanted), model_at(tmp_path))
