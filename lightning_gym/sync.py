@@ -204,9 +204,10 @@ class WeightSync:
             raise ConfigError(f"sync_mode={self._mode!r} cannot be used: {refused[self._mode]}. Use sync_mode='auto'")
         views = self._views or {}
         copy = GatheredCopy(self._model, views) if self._is_sharded else Copy(views)
-        bare = Share.refusal(without_adapters(held), views) if self._views is not None and not self._max_lag else ""
-        adapter = Adapter(Share(views) if bare is None else Copy(views), self._engine)
-        rungs: list[Rung] = [adapter, Share(views), copy, Reload(self._engine, self._model)]
+        rungs: list[Rung] = [Share(views), copy, Reload(self._engine, self._model)]
+        if "adapter" not in refused:
+            shareable = not self._max_lag and Share.refusal(without_adapters(held), views) is None
+            rungs.insert(0, Adapter(Share(views) if shareable else copy, self._engine))
         chosen = next((rung for rung in rungs if rung.name not in refused and self._mode in ("auto", rung.name)), None)
         because = "".join(f"; not {name}: {reason}" for name, reason in refused.items() if reason != _NO_ADAPTER)
         if chosen is None:

@@ -5,11 +5,11 @@ import torch
 
 from lightning_gym import VLLMEngine
 from lightning_gym.canary import Canary
-from lightning_gym.errors import ConfigError, WeightSyncError
+from lightning_gym.errors import ConfigError, EngineStartError, WeightSyncError
 from lightning_gym.policy.engine import EngineModel, LoRA
 from lightning_gym.sync import WeightSync
 from lightning_gym.testing import FakeEngine, tiny_model, tiny_tokenizer
-from lightning_gym.weights import named_weights
+from lightning_gym.weights import named_weights, weights
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,9 +78,7 @@ def engine(kind, room):
 
 def bases(model):
     """Name -> the trainer's weight without its adapter."""
-    with model.disable_adapter():
-        names = {name.replace(".base_layer", ""): p for name, p in model.base_model.model.named_parameters()}
-    return {name: parameter for name, parameter in names.items() if "lora_" not in name}
+    return {weight.name: weight.parameter for weight in weights(model)}
 
 
 # -- the engine
@@ -121,7 +119,7 @@ def test_an_adapter_that_the_engine_cannot_keep_is_refused(engine, adapter, said
 @pytest.mark.vllm
 def test_vllm_says_which_ranks_it_takes(tmp_path):
     base().config.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="rank 512 at most, got 513"):
+    with pytest.raises(EngineStartError, match="rank 512 at most, got 513"):
         VLLMEngine(max_model_len=64, max_lora_rank=513).start(
             EngineModel(path=tmp_path, dtype="float32", weights=lambda: named_weights(base()))
         )
